@@ -1,0 +1,109 @@
+"""The commands."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import textwrap
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from rich.console import Console
+
+from mtrain.config import keys, load_config
+from mtrain.errors import UserError
+
+
+def main(argv: Sequence[str] | None = None) -> NoReturn:
+    """Run a command and exit: 0 done, 2 a mistake that one line on standard error explains, 130 interrupted."""
+    try:
+        _run(sys.argv[1:] if argv is None else list(argv))
+    except UserError as error:
+        print(f"mtrain: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("mtrain: interrupted", file=sys.stderr)
+        sys.exit(130)
+    sys.exit(0)
+
+
+def _run(argv: list[str]) -> None:
+    parser = argparse.ArgumentParser(prog="mtrain", description="Train models with 100 to 10,000 tasks.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def command(name: str, text: str, **options: Any) -> argparse.ArgumentParser:
+        return commands.add_parser(
+            name, help=text, description=text, formatter_class=argparse.RawDescriptionHelpFormatter, **options
+        )
+
+    overrides = "Any key of the config can follow, as --section.key value:\n\n" + _key_help()
+    train = command("train", "Train a config, or continue its run.", epilog=overrides)
+    train.add_argument("config", type=Path, help="YAML file")
+    tasks = command("tasks", "Show the tasks of a config, and what is suspicious, without training.", epilog=overrides)
+    tasks.add_argument("config", type=Path, help="YAML file")
+    evaluate = command("eval", "Score the validation and test parts of a run again.")
+    evaluate.add_argument("run", type=Path, help="run directory")
+    predict = command("predict", "Predict every task for every row of a table.")
+    predict.add_argument("run", type=Path, help="run directory")
+    predict.add_argument("data", help="table with the run's input columns; labels are not needed")
+    predict.add_argument("-o", "--output", type=Path, required=True, help=".parquet or .csv")
+    bench = command("bench", "Measure, and write the figures as JSON.")
+    bench.add_argument("name", choices=["heads", "step"])
+    bench.add_argument("--json", type=Path, help="file for the figures")
+    bench.add_argument("--case", action="append", help="heads: only this case (repeatable)")
+
+    arguments, rest = parser.parse_known_args(argv)
+    if rest and arguments.command not in ("train", "tasks"):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    sys.path.insert(0, os.getcwd())  # users' own classes are found beside them
+    console = Console()
+    if arguments.command == "bench":
+        _bench(arguments)
+        return
+    _quiet()
+    from mtrain import runs
+
+    if arguments.command in ("train", "tasks"):
+        config = load_config(arguments.config, rest)
+        beside = arguments.config.parent
+        if arguments.command == "tasks":
+            runs.show_tasks(config, beside, console)
+            return
+        path = Path(config.run_dir or Path("runs") / arguments.config.stem)
+        runs.train(config, beside, path, console)
+    elif arguments.command == "eval":
+        runs.evaluate(arguments.run, console)
+    else:
+        runs.predict(arguments.run, arguments.data, arguments.output, console)
+
+
+def _bench(arguments: argparse.Namespace) -> None:
+    if arguments.name == "heads":
+        from mtrain.bench import heads
+
+        heads.run(arguments.json, arguments.case)
+    else:
+        from mtrain.bench import step
+
+        step.run(arguments.json)
+
+
+def _quiet() -> None:
+    """Libraries do not print over the progress bar."""
+    import datasets
+
+    datasets.disable_progress_bars()
+
+
+def _key_help() -> str:
+    lines = []
+    for key, text, default in keys():
+        about = " ".join(text.split())
+        if isinstance(default, str | int | float) and not isinstance(default, bool):
+            about += f" [{default}]"
+        lines.append(f"  --{key}")
+        lines += textwrap.wrap(about, 100, initial_indent="      ", subsequent_indent="      ")
+    return "\n".join(lines)

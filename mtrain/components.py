@@ -1,0 +1,94 @@
+"""Parts that a config names: `class_path` (a short name, or the import path of the user's own class) and `init_args`."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model, model_serializer, model_validator
+
+from mtrain.errors import UserError, nearest
+
+
+class Spec(BaseModel):
+    """A class and its options. In YAML a bare name is short for a class without options."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    class_path: str
+    init_args: dict[str, Any] = Field(default_factory=dict)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_name(cls, value: Any) -> Any:
+        return {"class_path": value} if isinstance(value, str) else value
+
+    @model_serializer
+    def _to_yaml(self) -> Any:
+        return {"class_path": self.class_path, "init_args": self.init_args} if self.init_args else self.class_path
+
+
+def build(spec: Spec, known: Mapping[str, Callable[..., Any]], where: str, **given: Any) -> Any:
+    """Instantiate the class that `spec` names with its checked options.
+
+    Args:
+        known: short names; a dotted name is imported instead.
+        where: the config key, for messages.
+        given: arguments that mtrain supplies where the signature has them.
+
+    Raises:
+        UserError: the name is unknown, or an option is unknown, missing or of the wrong type.
+    """
+    cls = find(spec.class_path, known, where)
+    parameters = inspect.signature(cls).parameters
+    takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    supplied = {k: v for k, v in given.items() if k in parameters}
+    fields: dict[str, Any] = {
+        name: (
+            Any if p.annotation is p.empty else p.annotation,
+            ... if p.default is p.empty else p.default,
+        )
+        for name, p in inspect.signature(cls, eval_str=True).parameters.items()
+        if name not in supplied and p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)
+    }
+    options = create_model(
+        "Options",
+        __config__=ConfigDict(extra="allow" if takes_any else "forbid", arbitrary_types_allowed=True),
+        **fields,
+    )
+    try:
+        checked = options.model_validate(spec.init_args)
+    except ValidationError as error:
+        raise UserError(first_problem(error, f"{where}.init_args", fields)) from None
+    values = {name: getattr(checked, name) for name in fields} | (checked.model_extra or {})
+    return cls(**supplied, **values)
+
+
+def find(name: str, known: Mapping[str, Callable[..., Any]], where: str) -> Callable[..., Any]:
+    """The class behind a short name or an import path."""
+    if name in known:
+        return known[name]
+    module, dot, attribute = name.rpartition(".")
+    if not dot:
+        raise UserError(f"{where}: '{name}' is unknown{nearest(name, known)}; your own class needs its import path")
+    try:
+        return getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise UserError(f"{where}: cannot import '{name}' ({error})") from None
+
+
+def first_problem(error: ValidationError, where: str, known: Mapping[str, Any]) -> str:
+    """One line for the first thing that pydantic found wrong; `known` are the names allowed at the top."""
+    problem = error.errors()[0]
+    path = [str(part) for part in problem["loc"]]
+    key = ".".join([where, *path] if where else path)
+    if problem["type"] == "extra_forbidden":
+        return f"{key}: unknown option{nearest(path[-1], known)}"
+    if problem["type"] == "missing":
+        return f"{key}: is missing"
+    message = problem["msg"].removeprefix("Value error, ")
+    if isinstance(problem["input"], dict):  # a check over several keys: its message names them
+        return message
+    return f"{key}: found {problem['input']!r}; {message[:1].lower()}{message[1:]}"

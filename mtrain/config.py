@@ -1,0 +1,378 @@
+"""What a run is: typed, documented, validated. One YAML file, overridden key by key on the command line."""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from mtrain.components import Spec, first_problem
+from mtrain.errors import UserError, nearest
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+class DataConfig(Section):
+    """Where the table is and how its labels come."""
+
+    path: str | list[str]
+    """File, list of files, glob, folder, hub id, or `python:package.module.function` that returns a table; relative files
+    are looked for in `root`, in the working directory, then beside the config."""
+    layout: Literal["grid", "routed", "pairs"]
+    """grid: a column per task; routed: a task column, each row belongs to one task; pairs: (key, task, label) rows."""
+    root: str | None = None
+    """Folder of relative paths; default $MTRAIN_DATA, else the working directory."""
+    format: Literal["csv", "json", "parquet", "arrow"] | None = None
+    """Default: by the file's ending."""
+    name: str | None = None
+    """Configuration of a hub data set."""
+    source_split: str = "train"
+    """Split of a hub data set or folder, `train+test` joins two."""
+    in_memory: bool = False
+    """Copy the table to memory in place of memory-mapping it."""
+    key: str | None = None
+    """Column that says which rows are the same entity (a molecule, a customer): never split over parts."""
+    task: str | None = None
+    """routed, pairs: the column with the task's name."""
+    label: str | None = None
+    """routed, pairs: the column with the label."""
+    weight: str | None = None
+    """Column of sample weights."""
+    missing_labels: list[float | str] = Field(default_factory=list)
+    """Label values that mean 'missing', beside NaN, null and empty text."""
+    max_invalid: float = Field(0.05, ge=0, le=1)
+    """Largest share of rows that `on_invalid: skip` may leave out."""
+    workers: int = Field(default_factory=lambda: os.cpu_count() or 1, ge=1)
+    """Processes that compute cached features."""
+
+
+class Selection(Section):
+    """Columns by name or glob pattern."""
+
+    include: list[str] = Field(default_factory=lambda: ["*"])
+    exclude: list[str] = Field(default_factory=list)
+
+
+class TaskOptions(Section):
+    """Options of the tasks whose names match a pattern."""
+
+    kind: Spec | None = None
+    weight: float | None = Field(None, ge=0)
+
+
+class TasksConfig(Section):
+    """Which tasks there are and of which kind."""
+
+    labels: Selection = Field(default_factory=Selection)
+    """grid: the label columns, a list of names and patterns or {include, exclude}; routed, pairs: the tasks to keep."""
+    kind: Spec | None = None
+    """Kind of all tasks; default: inferred from the labels."""
+    by_name: dict[str, TaskOptions] = Field(default_factory=dict)
+    """Options by name or pattern; later entries win."""
+
+    @field_validator("labels", mode="before")
+    @classmethod
+    def _names(cls, value: Any) -> Any:
+        names = [value] if isinstance(value, str) else value
+        return {"include": names} if isinstance(names, list) else value
+
+
+class SplitConfig(Section):
+    """Which rows (pairs: labels) train, validate and test."""
+
+    by: Literal["random", "column", "stratified", "group", "scaffold", "time", "within_task", "kfold"] = "random"
+    parts: dict[str, float | str | list[str]] = Field(default_factory=lambda: {"train": 0.8, "valid": 0.1, "test": 0.1})
+    """Share of each part, or with `by: column` the column's values that form it (a share is then taken from train)."""
+    column: str | None = None
+    """Column of `column`, `stratified`, `group`, `time`; the SMILES column of `scaffold`."""
+    folds: int = Field(5, ge=2)
+    """kfold: number of folds."""
+    fold: int = Field(0, ge=0)
+    """kfold: the fold that is the test part; the next one validates."""
+    seeds: list[int] = Field(default_factory=lambda: [0], min_length=1)
+    """One run a seed; several report mean and standard deviation."""
+    refit: bool = False
+    """After selection train again on train + valid for the selected time, before the test part is scored."""
+
+
+class HeadConfig(Section):
+    """The task's own layers."""
+
+    hidden: list[int] = Field(default_factory=list)
+    """Widths of hidden layers; none: a linear head."""
+    activation: Literal["relu", "elu", "gelu", "silu", "tanh"] = "relu"
+    dropout: float = Field(0.0, ge=0, lt=1)
+    toward_shared: float = Field(0.0, ge=0)
+    """Pull of a head towards the mean of its group's heads, in rows: as strong as that many rows of its task."""
+
+
+class ModelConfig(Section):
+    trunk: Spec = Field(default_factory=lambda: Spec(class_path="MLP"))
+    """Shared network: MLP, Linear, Identity or the import path of an nn.Module."""
+    neck: int | None = Field(None, ge=1)
+    """Width of a last shared linear layer behind the trunk."""
+    head: HeadConfig = Field(default_factory=HeadConfig)
+
+
+class TargetsConfig(Section):
+    """How regression and quantile labels are standardised, from training rows; predictions are in original units."""
+
+    center: Literal["task", "pooled", "none"] = "task"
+    scale: Literal["task", "pooled", "none"] = "task"
+    shrink: float | None = Field(None, ge=0)
+    """Rows by which a task's own centre and scale are shrunk towards the pool; default 5 where tasks share a label
+    column (routed, pairs), else 0."""
+
+
+class ObjectiveConfig(Section):
+    """J = 1/N * sum over labels of weight * w_t * share_t * loss / scale_t."""
+
+    share: Literal["rows", "tasks"] = "rows"
+    """rows: every label counts the same; tasks: every task does, by training labels or sampling probability."""
+    scale: Literal["none", "kind", "constant"] = "kind"
+    """Divisor of a task's loss: nothing, its kind's typical loss, or the loss of the best constant predictor."""
+    balancer: Spec = Field(default_factory=lambda: Spec(class_path="equal"))
+    targets: TargetsConfig = Field(default_factory=TargetsConfig)
+
+
+class TrainConfig(Section):
+    epochs: float | None = Field(None, gt=0)
+    """Length in passes over the training rows; give this or `steps`; default 30."""
+    steps: int | None = Field(None, ge=1)
+    """Length in optimizer steps."""
+    global_batch: int = Field(128, ge=1)
+    """Rows of one optimizer step, over all processes and micro-batches."""
+    micro_batch: int | None = Field(None, ge=1)
+    """Rows of one forward pass of one process; smaller than the global batch: gradients accumulate."""
+    lr: float = Field(1e-3, gt=0)
+    """Learning rate of the trunk."""
+    head_lr: float | None = Field(None, gt=0)
+    """Learning rate of the heads; default `lr`."""
+    weight_decay: float = Field(0.01, ge=0)
+    """AdamW's decoupled decay of the trunk."""
+    head_weight_decay: float | None = Field(None, ge=0)
+    """The same for the heads; default `weight_decay`."""
+    warmup: float = Field(0.0, ge=0, lt=1)
+    """Share of the training during which the learning rate rises from 0."""
+    decay: Literal["constant", "linear", "cosine"] = "constant"
+    """Course of the learning rate after the warm-up, down to 0 at the end."""
+    clip: float | None = Field(None, gt=0)
+    """Largest global norm of the trunk's gradient."""
+    head_clip: float | None = Field(None, gt=0)
+    """Largest norm of one head's gradient."""
+    precision: Literal["no", "bf16", "fp16"] | None = None
+    """Mixed precision; default: what `accelerate launch` says."""
+    compile: bool = False
+    """torch.compile the trunk."""
+    seed: int = 0
+    """Seed of initialisation, order and dropout; the split has its own."""
+    eval_every: float = Field(1.0, gt=0)
+    """Epochs between evaluations on the validation part."""
+    log_every: int = Field(20, ge=1)
+    """Steps between lines of metrics.jsonl."""
+    keep_checkpoints: int = Field(1, ge=1)
+    """How many of the latest checkpoints stay, beside the best."""
+    max_bad_steps: int = Field(20, ge=0)
+    """Steps with a non-finite loss or gradient that are left out before the run stops."""
+
+    @model_validator(mode="after")
+    def _length(self) -> TrainConfig:
+        if self.epochs is not None and self.steps is not None:
+            raise ValueError("train.epochs and train.steps are both given; give one")
+        if self.micro_batch is not None and self.micro_batch > self.global_batch:
+            raise ValueError(f"train.micro_batch is larger than train.global_batch ({self.global_batch})")
+        return self
+
+
+class SelectConfig(Section):
+    """Which checkpoint is the best, by the validation part."""
+
+    metric: str = "skill"
+    """A metric of per_task.parquet: skill, roc_auc, mse, ..."""
+    reduce: Literal["mean", "median", "worst_decile", "pooled"] = "median"
+    min_per_class: int = Field(1, ge=1)
+    """Fewest positives and negatives of a task in a part for its ranking metrics to be scored."""
+    patience: int | None = Field(None, ge=1)
+    """Evaluations without improvement before training stops; default: never."""
+
+
+class Config(Section):
+    """A run."""
+
+    data: DataConfig
+    inputs: dict[str, list[Spec]] = Field(default_factory=dict)
+    """Features by column name or pattern; none: every column that is not a label, key, task or weight, by its type."""
+    tasks: TasksConfig = Field(default_factory=TasksConfig)
+    split: SplitConfig = Field(default_factory=SplitConfig)
+    sampler: Spec = Field(default_factory=lambda: Spec(class_path="Proportional"))
+    """routed: rows per task and step: Proportional, Temperature, Equal, or an import path."""
+    model: ModelConfig = Field(default_factory=ModelConfig)
+    objective: ObjectiveConfig = Field(default_factory=ObjectiveConfig)
+    train: TrainConfig = Field(default_factory=TrainConfig)
+    select: SelectConfig = Field(default_factory=SelectConfig)
+    tracker: Spec = Field(default_factory=lambda: Spec(class_path="none"))
+    """none, or Wandb (offline unless `mode: online` or WANDB_MODE says otherwise)."""
+    run_dir: str | None = None
+    """Place of the run; default runs/<name of the config>."""
+    init_from: str | None = None
+    """A run whose trunk, and heads of tasks with the same name and shape, are the start."""
+    freeze: list[Literal["trunk", "heads"]] = Field(default_factory=list)
+    """Parts that are not trained."""
+
+    @field_validator("inputs", mode="before")
+    @classmethod
+    def _one_or_several(cls, value: Any) -> Any:
+        if not isinstance(value, dict):
+            return value
+        return {column: specs if isinstance(specs, list) else [specs] for column, specs in value.items()}
+
+    @field_validator("freeze", mode="before")
+    @classmethod
+    def _one_name(cls, value: Any) -> Any:
+        return [value] if isinstance(value, str) else value
+
+    @model_validator(mode="after")
+    def _layout(self) -> Config:
+        if self.data.layout != "grid":
+            for field in ("task", "label"):
+                if getattr(self.data, field) is None:
+                    raise ValueError(f"data.{field} is missing: layout {self.data.layout} needs the column's name")
+        if self.data.layout == "pairs" and self.data.key is None:
+            raise ValueError("data.key is missing: layout pairs needs the column that says which input row is meant")
+        return self
+
+
+def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
+    """Read and check a YAML config.
+
+    Args:
+        path: the file.
+        overrides: command line words `--section.key value` or `--section.key=value`; values are YAML.
+
+    Raises:
+        UserError: the file is missing or not YAML, a key is unknown (the nearest is named), a value is of a wrong type.
+    """
+    try:
+        tree = yaml.load(path.read_text(), Loader=_Loader)
+    except FileNotFoundError:
+        raise UserError(f"config {path}: no such file") from None
+    except IsADirectoryError:
+        raise UserError(f"config {path}: is a folder, expected a YAML file") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"config {path}: not valid YAML: {error}") from None
+    if not isinstance(tree, dict):
+        raise UserError(f"config {path}: expected keys such as data, tasks, model; found {type(tree).__name__}")
+    for key, value in _overrides(overrides):
+        _put(tree, key, value)
+    return check_config(tree, str(path))
+
+
+def check_config(tree: dict[str, Any], source: str) -> Config:
+    """A tree of plain values as a checked Config; `source` begins the message of an error."""
+    try:
+        return Config.model_validate(tree)
+    except ValidationError as error:
+        loc = [str(part) for part in error.errors()[0]["loc"]]
+        raise UserError(f"{source}: {first_problem(error, '', _fields_beside(loc))}") from None
+
+
+def keys(section: type[BaseModel] = Config, prefix: str = "") -> Iterator[tuple[str, str, Any]]:
+    """Every configuration key with its documentation and default, for `--help` and for the nearest known key."""
+    for name, field in section.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, Section):
+            yield from keys(field.annotation, f"{prefix}{name}.")
+        else:
+            default = None if field.is_required() else field.get_default(call_default_factory=True)
+            yield prefix + name, field.description or "", default
+
+
+def to_yaml(config: Config) -> str:
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def differences(old: Config, new: Config, ignore: Sequence[str] = ()) -> list[str]:
+    """`key: old -> new` for each key that differs; `ignore` names keys, or sections, that may."""
+    lines = []
+    for key, _, _ in keys():
+        if any(key == skip or key.startswith(skip + ".") for skip in ignore):
+            continue
+        before, after = old, new
+        for part in key.split("."):
+            before, after = getattr(before, part), getattr(after, part)
+        if before != after:
+            lines.append(f"{key}: {_short(before)} -> {_short(after)}")
+    return lines
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, BaseModel):
+        value = value.model_dump(mode="json")
+    return yaml.safe_dump(value, default_flow_style=True, width=1000).removesuffix("\n...\n").strip()
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.2's floats: `1e-3` is a number, not text."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)$"),
+    list("-+0123456789."),
+)
+
+
+def _overrides(words: Sequence[str]) -> Iterator[tuple[str, Any]]:
+    remaining = list(words)
+    while remaining:
+        word = remaining.pop(0)
+        if not word.startswith("--"):
+            raise UserError(f"'{word}': expected an override such as --train.epochs 10")
+        key, equals, text = word[2:].partition("=")
+        if not equals:
+            if not remaining:
+                raise UserError(f"--{key}: a value is missing")
+            text = remaining.pop(0)
+        try:
+            yield key, yaml.load(text, Loader=_Loader)
+        except yaml.YAMLError:
+            yield key, text
+
+
+def _put(tree: dict[str, Any], key: str, value: Any) -> None:
+    *path, last = key.split(".")
+    node = tree
+    for i, part in enumerate(path):
+        child = node.setdefault(part, {})
+        if isinstance(child, str):  # a bare class name that gets options
+            child = node[part] = {"class_path": child}
+        elif child is None:
+            child = node[part] = {}
+        if not isinstance(child, dict):
+            raise UserError(f"--{key}: {'.'.join(path[: i + 1])} is not a section{nearest(key, (k for k, _, _ in keys()))}")
+        node = child
+    node[last] = value
+
+
+def _fields_beside(loc: Sequence[str]) -> dict[str, Any]:
+    """The fields of the section in which the last part of `loc` stands."""
+    section: Any = Config
+    for part in loc[:-1]:
+        field = getattr(section, "model_fields", {}).get(part)
+        if field is None:
+            continue  # a name in a mapping, or a position in a list
+        candidates = [field.annotation, *get_args(field.annotation)]
+        candidates += [inner for c in candidates for inner in get_args(c)]
+        section = next((c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)), section)
+    fields = dict(getattr(section, "model_fields", {}))
+    elsewhere = {key.split(".")[-1]: key for key, _, _ in keys()}
+    if loc and loc[-1] in elsewhere and not difflib.get_close_matches(loc[-1], fields, n=1, cutoff=0.5):
+        return {elsewhere[loc[-1]]: None}
+    return fields

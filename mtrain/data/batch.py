@@ -1,0 +1,129 @@
+"""Labels of a part, and of a batch: the same two containers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Grid:
+    """A row may have a label for any task: `y_BT` with NaN = missing; `weight_B` are sample weights."""
+
+    y_BT: Tensor
+    weight_B: Tensor | None = None
+
+    @property
+    def num_rows(self) -> int:
+        return len(self.y_BT)
+
+    def count_T(self) -> Tensor:
+        return (~self.y_BT.isnan()).sum(0)
+
+    def take(self, row_B: Tensor) -> Grid:
+        return Grid(self.y_BT[row_B], None if self.weight_B is None else self.weight_B[row_B])
+
+    def pairs(self) -> Pairs:
+        """The labels that are there, one entry each."""
+        row_P, task_P = (~self.y_BT.isnan()).nonzero(as_tuple=True)
+        return Pairs.of(row_P, task_P, self.y_BT[row_P, task_P], self.weight_B, *self.y_BT.shape)
+
+    def to(self, device: torch.device) -> Grid:
+        return _to(self, device)
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """One entry per label, sorted by row: routed data (one label a row) and very sparse grids.
+
+    Row r has the labels `start_R[r]` to `start_R[r + 1]`.
+    """
+
+    row_P: Tensor
+    task_P: Tensor
+    y_P: Tensor
+    start_R: Tensor
+    num_tasks: int
+    weight_B: Tensor | None = None
+
+    @staticmethod
+    def of(
+        row_P: Tensor, task_P: Tensor, y_P: Tensor, weight_B: Tensor | None, num_rows: int, num_tasks: int
+    ) -> Pairs:
+        order = row_P.argsort(stable=True)
+        row_P = row_P[order]
+        start_R = torch.searchsorted(row_P, torch.arange(num_rows + 1))
+        return Pairs(row_P, task_P[order], y_P[order], start_R, num_tasks, weight_B)
+
+    @property
+    def num_rows(self) -> int:
+        return len(self.start_R) - 1
+
+    def count_T(self) -> Tensor:
+        return torch.bincount(self.task_P, minlength=self.num_tasks)
+
+    def take(self, row_B: Tensor) -> Pairs:
+        first_B = self.start_R[row_B]
+        count_B = self.start_R[row_B + 1] - first_B
+        new_row_P = torch.repeat_interleave(torch.arange(len(row_B)), count_B)
+        start_R = torch.cat([count_B.new_zeros(1), count_B.cumsum(0)])
+        at_P = torch.arange(len(new_row_P)) + (first_B - start_R[:-1])[new_row_P]
+        return Pairs(
+            new_row_P,
+            self.task_P[at_P],
+            self.y_P[at_P],
+            start_R,
+            self.num_tasks,
+            None if self.weight_B is None else self.weight_B[row_B],
+        )
+
+    def pairs(self) -> Pairs:
+        return self
+
+    def grid(self) -> Grid:
+        """As a dense matrix; no row may have two labels of one task."""
+        y_BT = self.y_P.new_full((self.num_rows, self.num_tasks), torch.nan)
+        y_BT[self.row_P, self.task_P] = self.y_P
+        return Grid(y_BT, self.weight_B)
+
+    def to(self, device: torch.device) -> Pairs:
+        return _to(self, device)
+
+
+Labels = Grid | Pairs
+
+
+@dataclass(frozen=True)
+class Batch:
+    """B rows: inputs `x_BF`, row ids (they key dropout), labels."""
+
+    x_BF: Tensor
+    row_B: Tensor
+    labels: Labels
+
+    def micro_batches(self, size: int) -> list[Batch]:
+        """Consecutive pieces of at most `size` rows."""
+        if len(self.row_B) <= size:
+            return [self]
+        pieces = torch.arange(len(self.row_B)).split(size)
+        return [Batch(self.x_BF[at], self.row_B[at], self.labels.take(at)) for at in pieces]
+
+    def to(self, device: torch.device) -> Batch:
+        return _to(self, device)
+
+
+C = TypeVar("C", Grid, Pairs, Batch)
+
+
+def _to(container: C, device: torch.device) -> C:
+    if device.type == "cpu":
+        return container
+    moved = {
+        name: value.to(device, non_blocking=True)
+        for name, value in vars(container).items()
+        if isinstance(value, Tensor | Grid | Pairs)
+    }
+    return replace(container, **moved)

@@ -1,0 +1,24 @@
+"""What a user can cause, said in one line."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class UserError(Exception):
+    """A mistake that a person can mend: the command prints its one line and exits with status 2."""
+
+    def __init__(self, message: str):
+        super().__init__(" ".join(message.split()))
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """`; did you mean 'x'?`, or what is known, or nothing: the end of a line that refuses `name`."""
+    known = [str(k) for k in known]
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5) or [k for k in known if k.endswith("." + name)][:1]
+    if close:
+        return f"; did you mean '{close[0]}'?"
+    if known and len(known) <= 20:
+        return f"; known: {', '.join(known)}"
+    return ""

@@ -1,0 +1,218 @@
+"""Score a part of the data: deviances against the constant predictor, and the metrics of each kind, all tasks at once."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from mtrain.data.batch import Batch
+from mtrain.data.loader import Part
+from mtrain.errors import UserError, nearest
+from mtrain.model.heads import HeadBank
+from mtrain.model.metrics import METRICS, ScoreOptions, Scored, best_f1_threshold, summarize
+from mtrain.tasks import TaskTable
+from mtrain.train.objective import Objective, Piece, pieces, routes
+
+EVAL_ROWS = 2048  # rows of a forward pass
+SKILL_FLOOR = -1.0  # skill has no lower bound: the mean over tasks clips here
+HIGHER_IS_BETTER = {name: metric.higher_is_better for family in METRICS.values() for name, metric in family.items()} | {
+    "skill": True,
+    "deviance": False,
+}
+RANKING = ("p_at_1", "p_at_3", "p_at_5")  # no value per task
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Metrics of one part: `per_task[name]` is `[T]` with NaN where a task could not be scored."""
+
+    per_task: dict[str, NDArray[np.float64]]
+    summary: dict[str, dict[str, float | int | None]]
+    label_count_T: NDArray[np.int64]
+    threshold_T: NDArray[np.float64] | None
+
+    def value(self, metric: str, reduce: str) -> float:
+        """What a checkpoint is selected by; NaN where no task could be scored."""
+        found = self.summary[metric][reduce]
+        return float("nan") if found is None else float(found)
+
+
+class Evaluator:
+    """Scores parts with the model as it is.
+
+    Args:
+        model: shared network, `model(x_BF)` to `z_BD`.
+        min_per_class: fewest positives and negatives of a task for its ranking metrics.
+    """
+
+    def __init__(
+        self,
+        tasks: TaskTable,
+        model: nn.Module,
+        bank: HeadBank,
+        objective: Objective,
+        min_per_class: int,
+        device: torch.device,
+    ):
+        self.tasks, self.model, self.bank, self.objective = tasks, model, bank, objective
+        self.min_per_class, self.device = min_per_class, device
+        width = int(tasks.num_outputs_T.max())
+        constant_TO = np.zeros((len(tasks), width), dtype=np.float32)
+        for row, logits in zip(constant_TO, tasks.stats["constant"], strict=True):
+            row[: len(logits)] = np.nan_to_num(logits)
+        self.constant_TO = torch.from_numpy(constant_TO).to(device)
+        self.center_T, self.scale_T = tasks.stats["center"], tasks.stats["scale"]
+        self.typical_T = np.maximum(np.nan_to_num(tasks.stats["typical_loss"], nan=1.0), 1e-12)
+
+    def metrics(self) -> list[str]:
+        """Names of the metrics that this task table has."""
+        families = {task.kind.family for task in self.tasks}
+        return list(dict.fromkeys(["skill", "deviance", *(name for f in METRICS if f in families for name in METRICS[f])]))
+
+    def check_metric(self, name: str) -> None:
+        if name not in self.metrics():
+            raise UserError(f"select.metric: '{name}' is not a metric of these tasks{nearest(name, self.metrics())}")
+
+    def score(
+        self,
+        x_NF: Tensor,
+        part: Part,
+        only: Collection[str] | None = None,
+        threshold_T: NDArray[np.float64] | None = None,
+        choose_threshold: bool = False,
+    ) -> Scores:
+        """Metrics of a part.
+
+        Args:
+            only: names of the metrics to compute; None: all.
+            threshold_T: thresholds of F1; NaN or None: 0.5.
+            choose_threshold: choose them here instead, and return them.
+        """
+        deviance_T, constant_T = np.zeros((2, len(self.tasks)))
+        count_T = np.zeros(len(self.tasks), dtype=np.int64)
+        collected: dict[str, list[tuple[NDArray[Any], ...]]] = defaultdict(list)
+        for piece, row_P, task_P, flat in self._run(x_NF, part):
+            kind = self.objective.kinds[piece.group]
+            constant = replace(piece, logits=self._constant_logits(piece))
+            for total_T, which in ((deviance_T, piece), (constant_T, constant)):
+                sums = piece.sum(self.objective.deviances(which).double())
+                total_T[piece.task_A.cpu().numpy()] += sums.cpu().numpy()
+            count_T += np.bincount(task_P, minlength=len(self.tasks))
+            prediction = self.objective.predict(piece)
+            if kind.family != "multiclass":
+                prediction = kind.point(prediction)
+            pred_P = flat(prediction).double().cpu().numpy()
+            y_P = flat(piece.y).double().cpu().numpy()
+            if kind.standardized:
+                pred_P = pred_P * self.scale_T[task_P] + self.center_T[task_P]
+                y_P = y_P * self.scale_T[task_P] + self.center_T[task_P]
+            collected[kind.family].append((task_P, row_P, y_P, pred_P))
+
+        with np.errstate(invalid="ignore", divide="ignore"):
+            skill_T = np.where(constant_T > 0, 1 - deviance_T / constant_T, np.nan)
+            per_task = {"skill": skill_T, "deviance": deviance_T / count_T}
+            pooled_skill = 1 - (deviance_T / self.typical_T).sum() / (constant_T / self.typical_T).sum()
+            pooled_deviance = (deviance_T / self.typical_T).sum() / count_T.sum()
+        summary = {
+            "skill": summarize(np.maximum(skill_T, SKILL_FLOOR), float(pooled_skill), True),
+            "deviance": summarize(per_task["deviance"], float(pooled_deviance), False),
+        }
+        pooled: dict[str, list[tuple[float, int]]] = defaultdict(list)
+        for family, found in collected.items():
+            scored = _scored(found, len(self.tasks))
+            if family == "binary" and choose_threshold:
+                threshold_T = best_f1_threshold(scored)
+            options = ScoreOptions(self.min_per_class, threshold_T)
+            for name, metric in METRICS[family].items():
+                if only is not None and name not in only:
+                    continue
+                value_T = metric.per_task(scored, options)
+                if value_T is not None:
+                    before = per_task.get(name)
+                    per_task[name] = value_T if before is None else np.where(np.isnan(before), value_T, before)
+                pooled[name].append((metric.pooled(scored, options), len(scored.y_P)))
+        for name, values in pooled.items():
+            together = float(np.average([v for v, _ in values], weights=[n for _, n in values]))
+            ranked = sum(task.kind.family == "binary" for task in self.tasks)
+            summary[name] = summarize(per_task.get(name), together, HIGHER_IS_BETTER[name], ranked)
+        return Scores(per_task, summary, count_T, threshold_T)
+
+    def predict(self, x_NF: Tensor) -> Iterator[tuple[NDArray[np.int64], NDArray[np.float64]]]:
+        """Predictions of every row for every task in original units, group by group: task ids `[A]`, values `[N, A, O]`."""
+        with _evaluating(self.model, self.bank), torch.no_grad():
+            z_ND = torch.cat([self.model(x.to(self.device)).float() for x in x_NF.split(EVAL_ROWS)])
+            for group in self.bank.groups:
+                labels = z_ND.new_zeros(1, len(group.task_ids))
+                piece = Piece(0, group, group.task_ids, None, [], group.grid(z_ND), labels, None, None)
+                task_A = group.task_ids.cpu().numpy()
+                value_NAO = self.objective.predict(piece).double().cpu().numpy()
+                if self.objective.kinds[group].standardized:
+                    value_NAO = value_NAO * self.scale_T[task_A, None] + self.center_T[task_A, None]
+                yield task_A, value_NAO
+
+    def _run(self, x_NF: Tensor, part: Part) -> Iterator[tuple[Piece, NDArray[np.int64], NDArray[np.int64], Any]]:
+        """Pieces of all batches, with row and task of each label, and what brings values to one entry per label."""
+        with _evaluating(self.model, self.bank), torch.no_grad():
+            for at_B in torch.arange(part.num_rows).split(EVAL_ROWS):
+                batch: Batch = part.batch(x_NF, at_B)
+                needed = routes(self.bank, batch.labels)
+                row_of_B = batch.row_B.numpy()
+                batch = batch.to(self.device)
+                z_BD = self.model(batch.x_BF).float()
+                for piece in pieces(self.bank, z_BD, batch.labels, needed):
+                    if piece.slot_P is None:
+                        row_P, slot_P = (~piece.y.isnan()).nonzero(as_tuple=True)
+
+                        def flat(value: Tensor, at: tuple[Tensor, Tensor] = (row_P, slot_P)) -> Tensor:
+                            return value[at]
+                    else:
+                        slot_P = piece.slot_P
+                        row_P = next(r.row_P for r in needed if self.bank.groups[r.group] is piece.group)
+
+                        def flat(value: Tensor, at: Any = None) -> Tensor:
+                            return value
+
+                    yield piece, row_of_B[row_P.cpu().numpy()], piece.task_A[slot_P].cpu().numpy(), flat
+
+    def _constant_logits(self, piece: Piece) -> Tensor:
+        logits_AO = self.constant_TO[piece.task_A][:, : piece.logits.shape[-1]]
+        return piece.spread(logits_AO).expand(piece.logits.shape)
+
+
+def _scored(found: list[tuple[NDArray[Any], ...]], num_tasks: int) -> Scored:
+    width = max((pred.shape[1] for *_, pred in found if pred.ndim == 2), default=0)
+    padded = [np.pad(pred, ((0, 0), (0, width - pred.shape[1]))) if width else pred for *_, pred in found]
+    task_P, row_P, y_P = (np.concatenate([entry[i] for entry in found]) for i in range(3))
+    return Scored(task_P=task_P, y_P=y_P, pred=np.concatenate(padded), num_tasks=num_tasks, row_P=row_P)
+
+
+class _evaluating:
+    """Both modules in evaluation mode inside the block."""
+
+    def __init__(self, *modules: nn.Module):
+        self.before = {module: module.training for module in modules}
+
+    def __enter__(self) -> None:
+        for module in self.before:
+            module.eval()
+
+    def __exit__(self, *_: object) -> None:
+        for module, training in self.before.items():
+            module.train(training)
+
+
+def flatten(summary: Mapping[str, Mapping[str, Any]], prefix: str) -> dict[str, float]:
+    """`prefix/metric/reduction` to number, without the missing ones."""
+    return {
+        f"{prefix}/{metric}/{name}": value
+        for metric, values in summary.items()
+        for name, value in values.items()
+        if value is not None
+    }

@@ -1,0 +1,453 @@
+"""One run on one split: train, evaluate, select, refit if asked, score the test part once."""
+
+from __future__ import annotations
+
+import math
+import resource
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+from accelerate import Accelerator
+from numpy.typing import NDArray
+from rich.console import Console
+
+from mtrain.balance import BALANCERS
+from mtrain.components import build
+from mtrain.config import Config
+from mtrain.data.batch import Pairs
+from mtrain.data.loader import Loader, Part, RoutedLoader, RowLoader
+from mtrain.data.prepare import Prepared
+from mtrain.data.samplers import SAMPLERS
+from mtrain.errors import UserError
+from mtrain.model.heads import HeadBank
+from mtrain.model.trunks import SharedModel, build_shared
+from mtrain.report.progress import TrainingProgress
+from mtrain.tasks import TaskTable
+from mtrain.train.evaluate import HIGHER_IS_BETTER, Evaluator, Scores, flatten
+from mtrain.train.objective import Objective, expected_share
+from mtrain.train.optim import HeadAdamW
+from mtrain.train.run_dir import RunDir
+from mtrain.train.step import Stepper, Totals
+from mtrain.train.tracker import Tracker
+
+DEFAULT_EPOCHS = 30.0
+
+
+def build_bank(tasks: TaskTable, config: Config, in_features: int) -> HeadBank:
+    head = config.model.head
+    return HeadBank(
+        tasks.names,
+        tasks.num_outputs_T.tolist(),
+        in_features,
+        hidden=head.hidden,
+        activation=head.activation,
+        dropout=head.dropout,
+        keys=[task.kind.group_key for task in tasks],
+        seed=config.train.seed,
+    )
+
+
+def sampling_probabilities(prepared: Prepared, config: Config) -> NDArray[np.float64] | None:
+    """Probability of each task in a training batch; None where rows are not sampled by task."""
+    if config.data.layout != "routed":
+        return None
+    sampler = build(config.sampler, SAMPLERS, "sampler")
+    return sampler.probabilities(prepared.parts["train"].labels.count_T().numpy())
+
+
+def build_loader(prepared: Prepared, config: Config, part: Part, sampling_T: NDArray[np.float64] | None) -> Loader:
+    size, seed = config.train.global_batch, config.train.seed
+    if sampling_T is None:
+        return RowLoader(prepared.x_NF, part, size, seed)
+    return RoutedLoader(prepared.x_NF, part, prepared.tasks.names, sampling_T, size, seed)
+
+
+def joined(parts: list[Part], num_tasks: int) -> Part:
+    """Parts as one: the training rows of a refit."""
+    rows = torch.cat([part.row_R for part in parts])
+    row_R, position = torch.unique(rows, return_inverse=True)
+    pairs = [part.labels.pairs() for part in parts]
+    offsets = np.cumsum([0, *(part.num_rows for part in parts)])
+    row_P = torch.cat([position[p.row_P + int(offset)] for p, offset in zip(pairs, offsets, strict=False)])
+    weight_R = None
+    if pairs[0].weight_B is not None:
+        weight_R = torch.zeros(len(row_R))
+        weight_R[position] = torch.cat([p.weight_B for p in pairs if p.weight_B is not None])
+    labels = Pairs.of(
+        row_P,
+        torch.cat([p.task_P for p in pairs]),
+        torch.cat([p.y_P for p in pairs]),
+        weight_R,
+        len(row_R),
+        num_tasks,
+    )
+    return Part(row_R, labels.grid() if not isinstance(parts[0].labels, Pairs) else labels)
+
+
+@dataclass
+class Selection:
+    """The best evaluation so far."""
+
+    higher_is_better: bool
+    value: float = math.nan
+    step: int = 0
+    steps_per_epoch: int = 1
+    misses: int = 0
+
+    def improves(self, value: float) -> bool:
+        """Record an evaluation's value; NaN counts as no improvement."""
+        better = math.isnan(self.value) or (value > self.value if self.higher_is_better else value < self.value)
+        if better and not math.isnan(value):
+            self.value, self.misses = value, 0
+            return True
+        self.misses += 1
+        return False
+
+
+@dataclass
+class Phase:
+    """A stretch of training: `fit` selects on the validation part, `refit` repeats it on train + valid."""
+
+    name: str
+    part: Part
+    offset: int
+    """Steps of the run before this phase."""
+    total_steps: int
+    """End of the learning rate's course."""
+    stop_step: int
+    steps_per_epoch: int
+    loader: Loader = field(repr=False)
+
+
+class Trainer:
+    """Everything of one run on one split. `run()` trains (or continues) and returns the summary."""
+
+    def __init__(
+        self, prepared: Prepared, config: Config, run_dir: RunDir, accelerator: Accelerator, tracker: Tracker, console: Console
+    ):
+        self.prepared, self.config, self.run_dir = prepared, config, run_dir
+        self.accelerator, self.tracker, self.console = accelerator, tracker, console
+        self.tasks = prepared.tasks
+        self.sampling_T = sampling_probabilities(prepared, config)
+        self.run_id: str | None = None
+        self.seconds = 0.0
+        self.rows = 0
+        self._build()
+        self.evaluator.check_metric(config.select.metric)
+        self.selection = Selection(HIGHER_IS_BETTER[config.select.metric])
+
+    def _build(self) -> None:
+        """Model, optimizers and step at their start; a refit begins here again."""
+        config, train, device = self.config, self.config.train, self.accelerator.device
+        self.shared: SharedModel = build_shared(config.model, self.prepared.x_NF.shape[1], train.seed)
+        self.bank = build_bank(self.tasks, config, self.shared.out_features).to(device)
+        if config.init_from:
+            load_start(RunDir(Path(config.init_from)), self.shared, self.bank)
+        if "trunk" in config.freeze:
+            self.shared.requires_grad_(False)
+        parameters = [p for p in self.shared.parameters() if p.requires_grad]
+        trunk_optimizer = None
+        if parameters:
+            trunk_optimizer = torch.optim.AdamW(parameters, lr=train.lr, weight_decay=train.weight_decay, fused=True)
+        head_optimizer = None
+        if "heads" not in config.freeze:
+            decay = train.head_weight_decay
+            head_optimizer = HeadAdamW(
+                self.bank,
+                lr=train.head_lr or train.lr,
+                weight_decay=train.weight_decay if decay is None else decay,
+                max_norm=train.head_clip,
+            )
+        if trunk_optimizer is None and head_optimizer is None:
+            raise UserError("freeze: trunk and heads are both frozen or empty; nothing is left to train")
+        if trunk_optimizer is not None:
+            model, trunk_optimizer = self.accelerator.prepare(self.shared, trunk_optimizer)
+        else:
+            model = self.shared.to(device)
+        if train.compile:
+            model = torch.compile(model)
+        self.objective = Objective(self.tasks, self.bank, config.objective, self.sampling_T, device)
+        self.stepper = Stepper(
+            self.accelerator,
+            model,
+            self.bank,
+            self.objective,
+            build(config.objective.balancer, BALANCERS, "objective.balancer"),
+            trunk_optimizer,
+            head_optimizer,
+            train,
+            config.model.head.toward_shared,
+            self.tasks.stats["train_labels"],
+        )
+        self.optimizers = [o for o in (trunk_optimizer, head_optimizer) if o is not None]
+        self.base_lrs = [[group["lr"] for group in o.param_groups] for o in self.optimizers]
+        self.evaluator = Evaluator(
+            self.tasks, model, self.bank, self.objective, config.select.min_per_class, self.accelerator.device
+        )
+
+    def run(self) -> dict[str, Any]:
+        state = self.run_dir.checkpoints.latest()
+        if state is not None:
+            vars(self.selection).update(state["selection"])
+            self.seconds, self.rows, self.run_id = state["seconds"], state["rows"], state["run_id"]
+        self.run_id = self.tracker.start(
+            self.accelerator, self.run_dir.path, self.config.model_dump(mode="json"), self.run_id
+        )
+        try:
+            return self._run(state)
+        finally:
+            self.tracker.finish()
+
+    def _run(self, state: dict[str, Any] | None) -> dict[str, Any]:
+        parts, x_NF = self.prepared.parts, self.prepared.x_NF
+        in_refit = state is not None and state["phase"] == "refit"
+        fit_steps = state["offset"] if state is not None and in_refit else 0
+        if not in_refit:
+            fit_steps = self._train(self._phase("fit", parts["train"], 0), state)
+        self._load_model(self.run_dir.checkpoints.best())
+        scores: dict[str, Scores] = {}
+        if "valid" in parts:
+            scores["valid"] = self.evaluator.score(x_NF, parts["valid"], choose_threshold=True)
+        if self.config.split.refit and "valid" in parts:
+            self._build()
+            phase = self._phase("refit", joined([parts["train"], parts["valid"]], len(self.tasks)), fit_steps)
+            self._train(phase, state if in_refit else None)
+        if "test" in parts:
+            threshold_T = scores["valid"].threshold_T if scores else None
+            scores["test"] = self.evaluator.score(x_NF, parts["test"], threshold_T=threshold_T)
+        return self._finish(scores)
+
+    def _phase(self, name: str, part: Part, offset: int) -> Phase:
+        train = self.config.train
+        loader = build_loader(self.prepared, self.config, part, self.sampling_T)
+        per_epoch = loader.steps_per_epoch
+        total = max(1, train.steps or round((train.epochs or DEFAULT_EPOCHS) * per_epoch))
+        stop = total
+        if name == "refit":  # as many passes as the selected step had, on the same course of the learning rate
+            growth = 1.0 if train.steps else per_epoch / self.selection.steps_per_epoch
+            stop = max(1, round(self.selection.step * growth))
+        return Phase(name, part, offset, total, stop, per_epoch, loader)
+
+    def _train(self, phase: Phase, state: dict[str, Any] | None) -> int:
+        """Train a phase to its end; returns the number of its last step."""
+        step = 0
+        if state is not None:
+            step = state["step"]
+            self._load_state(state, phase)
+            self.run_dir.cut_log(phase.offset + step)
+            self.console.print(f"continuing at step {step} of {phase.stop_step}", highlight=False)
+        config, select = self.config.train, self.config.select
+        evaluates = phase.name == "fit" and "valid" in self.prepared.parts
+        every = max(1, round(config.eval_every * phase.steps_per_epoch))
+        totals = Totals(len(self.tasks), self.accelerator.device)
+        title = {"fit": "training", "refit": "refitting"}[phase.name]
+        started = logged = time.monotonic()
+        with TrainingProgress(self.console, title, phase.stop_step, f"{select.reduce} {select.metric}") as progress:
+            while step < phase.stop_step and not (evaluates and self._out_of_patience()):
+                self._set_lr(step, phase.total_steps)
+                with _out_of_memory(self.config):
+                    self.stepper(phase.loader.batch(step), step, totals)
+                step += 1
+                last = step == phase.stop_step
+                if step % config.log_every == 0 or last:
+                    now = time.monotonic()
+                    loss = self._log(phase, step, totals, now - logged)
+                    progress.update(step, loss=loss, rows=totals.rows / (now - logged))
+                    self.rows += totals.rows
+                    totals, logged = Totals(len(self.tasks), self.accelerator.device), now
+                if step % every == 0 or last:
+                    if evaluates:
+                        self._evaluate(phase, step, progress)
+                    self.seconds += time.monotonic() - started
+                    started = time.monotonic()
+                    self._save(phase, step)
+        if phase.name == "refit":
+            self.run_dir.checkpoints.save_refit(self._model_state(step))
+        elif not evaluates:
+            self.run_dir.checkpoints.save_best(self._model_state(step))
+        return phase.offset + step
+
+    def _out_of_patience(self) -> bool:
+        patience = self.config.select.patience
+        return patience is not None and self.selection.misses >= patience
+
+    def _evaluate(self, phase: Phase, step: int, progress: TrainingProgress) -> None:
+        select = self.config.select
+        scores = self.evaluator.score(self.prepared.x_NF, self.prepared.parts["valid"], only={select.metric})
+        value = scores.value(select.metric, select.reduce)
+        if self.selection.improves(value):
+            self.selection.step, self.selection.steps_per_epoch = step, phase.steps_per_epoch
+            self.run_dir.checkpoints.save_best(self._model_state(step))
+        elif math.isnan(self.selection.value):
+            raise UserError(
+                f"select.metric: no task of the valid part can be scored by {select.metric} ({select.reduce}); "
+                "choose another metric or a larger part"
+            )
+        values = flatten(scores.summary, "valid")
+        self.run_dir.log({"step": phase.offset + step, "phase": phase.name, **values})
+        self.tracker.log(values, phase.offset + step)
+        progress.update(step, score=value)
+
+    def _log(self, phase: Phase, step: int, totals: Totals, seconds: float) -> float:
+        """Write a line of the curve; returns the mean loss of its steps."""
+        loss = float(totals.loss) / max(totals.steps, 1)
+        line: dict[str, Any] = {
+            "step": phase.offset + step,
+            "phase": phase.name,
+            "epoch": step / phase.steps_per_epoch,
+            "loss": loss if math.isfinite(loss) else None,
+            "lr": self.optimizers[0].param_groups[0]["lr"],
+            "rows_per_second": totals.rows / seconds,
+        }
+        bad_task_steps = int(totals.bad_T.max())
+        if bad_task_steps or totals.skipped:
+            worst = self.tasks[int(totals.bad_T.argmax())].name
+            line |= {"bad_task_steps": bad_task_steps, "skipped_steps": totals.skipped}
+            what = f"the loss of task '{worst}'" if bad_task_steps else "the trunk's gradient"
+            self.console.print(
+                f"step {phase.offset + step}: {what} was not finite in {bad_task_steps or totals.skipped} of the last "
+                f"{totals.steps} steps and was left out",
+                highlight=False,
+                soft_wrap=True,
+            )
+        self.run_dir.log(line)
+        self.tracker.log({k: v for k, v in line.items() if isinstance(v, int | float)}, phase.offset + step)
+        self.stepper.bad_steps += bad_task_steps + totals.skipped
+        if self.stepper.bad_steps > self.config.train.max_bad_steps:
+            raise UserError(
+                f"{self.stepper.bad_steps} steps had a loss or gradient that was not finite, more than "
+                f"train.max_bad_steps ({self.config.train.max_bad_steps}); lower train.lr or set train.clip"
+            )
+        return loss
+
+    def _set_lr(self, step: int, total: int) -> None:
+        factor = lr_factor(step, total, self.config.train.warmup, self.config.train.decay)
+        for optimizer, lrs in zip(self.optimizers, self.base_lrs, strict=True):
+            for group, lr in zip(optimizer.param_groups, lrs, strict=True):
+                group["lr"] = lr * factor
+
+    def _model_state(self, step: int) -> dict[str, Any]:
+        return {"step": step, "shared": self.shared.state_dict(), "bank": self.bank.state_dict()}
+
+    def _load_model(self, state: dict[str, Any]) -> None:
+        self.shared.load_state_dict(state["shared"])
+        self.bank.load_state_dict(state["bank"])
+
+    def _save(self, phase: Phase, step: int) -> None:
+        state = self._model_state(step) | {
+            "phase": phase.name,
+            "offset": phase.offset,
+            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
+            "stepper": self.stepper.state_dict(),
+            "loader": phase.loader.state_dict(),
+            "selection": vars(self.selection),
+            "seconds": self.seconds,
+            "rows": self.rows,
+            "run_id": self.run_id,
+        }
+        self.run_dir.checkpoints.save(phase.offset + step, state)
+
+    def _load_state(self, state: dict[str, Any], phase: Phase) -> None:
+        self._load_model(state)
+        for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
+        self.stepper.load_state_dict(state["stepper"])
+        phase.loader.load_state_dict(state["loader"])
+
+    def _finish(self, scores: dict[str, Scores]) -> dict[str, Any]:
+        """Write per_task.parquet and summary.json."""
+        tasks, prepared = self.tasks, self.prepared
+        columns: dict[str, Any] = {
+            "task": tasks.names,
+            "kind": [task.kind.name for task in tasks],
+            "train_labels": tasks.stats["train_labels"],
+            "expected_share": expected_share(tasks, self.config.objective, self.sampling_T),
+            "weight": self.stepper.weight_T.double().cpu().numpy(),
+        }
+        if scores and (valid := scores.get("valid")) is not None and valid.threshold_T is not None:
+            columns["threshold"] = valid.threshold_T
+        for part, found in scores.items():
+            columns[f"{part}_labels"] = found.label_count_T
+            columns |= {f"{part}_{name}": value_T for name, value_T in found.per_task.items()}
+        self.run_dir.save_table("per_task.parquet", pa.table(columns))
+        summary: dict[str, Any] = {part: found.summary for part, found in scores.items()} | {
+            "tasks": len(tasks),
+            "rows": {part: p.num_rows for part, p in prepared.parts.items()},
+            "labels": {part: int(p.labels.count_T().sum()) for part, p in prepared.parts.items()},
+            "inputs": prepared.x_NF.shape[1],
+            "parameters": {"trunk": _size(self.shared), "heads": _size(self.bank)},
+            "selected_step": self.selection.step,
+            "selected_value": None if math.isnan(self.selection.value) else self.selection.value,
+            "seconds": self.seconds,
+            "rows_per_second": self.rows / self.seconds if self.seconds else None,
+            "peak_memory_mb": peak_memory_mb(self.accelerator.device),
+            "test_inputs_seen_in_training": prepared.overlap,
+            "split_hash": prepared.split_hash,
+            "notes": prepared.notes,
+        }
+        self.run_dir.save_json("summary.json", summary)
+        return summary
+
+
+def lr_factor(step: int, total: int, warmup: float, decay: str) -> float:
+    """Learning rate of a step as a share of its peak: a linear rise, then constant, or linear or cosine down to 0."""
+    rise = round(warmup * total)
+    if step < rise:
+        return (step + 1) / rise
+    progress = (step - rise) / max(1, total - rise)
+    if decay == "linear":
+        return max(0.0, 1 - progress)
+    if decay == "cosine":
+        return 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+    return 1.0
+
+
+def peak_memory_mb(device: torch.device) -> float:
+    """Peak memory of this process, on the accelerator where there is one."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e6
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6
+
+
+def load_start(run: RunDir, shared: SharedModel, bank: HeadBank) -> list[str]:
+    """Start from another run: its trunk, and the heads of tasks with the same name and shape; returns their names.
+
+    Raises:
+        UserError: the trunks differ; the first differing parameter is named.
+    """
+    state = run.splits()[0].checkpoints.model()
+    own = shared.state_dict()
+    for name in sorted(own.keys() | state["shared"].keys()):
+        here, there = (list(s[name].shape) if name in s else "absent" for s in (own, state["shared"]))
+        if here != there:
+            raise UserError(f"init_from {run.path}: '{name}' is {there} there and {here} here; use the same trunk and inputs")
+    shared.load_state_dict(state["shared"])
+    config = run.config()
+    other = build_bank(run.splits()[0].tasks(), config, shared.out_features)
+    other.load_state_dict(state["bank"])
+    return bank.copy_heads(other)
+
+
+def _size(module: torch.nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters())
+
+
+@contextmanager
+def _out_of_memory(config: Config) -> Iterator[None]:
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        text = str(error).lower()
+        if isinstance(error, torch.OutOfMemoryError | MemoryError) or "not enough memory" in text or "out of memory" in text:
+            size = config.train.micro_batch or config.train.global_batch
+            raise UserError(f"out of memory: lower train.micro_batch (now {size} rows at a time) or the model's widths") from None
+        raise

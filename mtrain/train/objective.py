@@ -1,0 +1,165 @@
+"""The objective: from logits and labels to losses per task, and to the gradient at the logits.
+
+    J = 1/N * sum over labels of  weight * w_t * share_t * loss / scale_t        N = labels in the global batch
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from mtrain.config import ObjectiveConfig
+from mtrain.data.batch import Grid, Labels
+from mtrain.model.heads import HeadBank, HeadGroup, Route
+from mtrain.model.kinds import Kind, Params
+from mtrain.tasks import TaskTable
+
+
+PARAMS = ("pos_weight",)  # statistics of the task table that kinds read
+SCALE_FLOOR = 1e-3  # a task whose constant predictor is almost perfect does not get an endless weight
+
+
+@dataclass(frozen=True)
+class Piece:
+    """The labels of one head group in a batch, with the logits for them.
+
+    Grid: logits `[B, A, O]`, labels `[B, A]` with NaN = missing. Routed and pairs: logits `[P, O]`, labels `[P]`,
+    sorted by task, and `slot_P` says which of the A active tasks a label belongs to.
+    """
+
+    number: int
+    group: HeadGroup
+    task_A: Tensor
+    active_A: Tensor | None
+    params: list[Tensor]
+    logits: Tensor
+    y: Tensor
+    weight: Tensor | None
+    slot_P: Tensor | None
+
+    def sum(self, value: Tensor) -> Tensor:
+        """Per active task, a value per label that is 0 where the label is missing."""
+        if self.slot_P is None:
+            return value.sum(0)
+        return value.new_zeros(len(self.task_A)).index_add_(0, self.slot_P, value)
+
+    def spread(self, value_A: Tensor) -> Tensor:
+        """A value per active task, in a shape that broadcasts against the labels."""
+        return value_A if self.slot_P is None else value_A[self.slot_P]
+
+
+def routes(bank: HeadBank, labels: Labels) -> list[Route]:
+    """Which heads the labels of a batch need; computed on the CPU, before the batch moves to the device."""
+    return [] if isinstance(labels, Grid) else bank.route(labels.task_P, labels.row_P)
+
+
+def pieces(
+    bank: HeadBank, z_BD: Tensor, labels: Labels, routes: list[Route], keys_B: Tensor | None = None
+) -> Iterator[Piece]:
+    """Run the heads that a batch's labels need: grid kernels for grids, routed kernels for pairs."""
+    if isinstance(labels, Grid):
+        weight = None if labels.weight_B is None else labels.weight_B[:, None]
+        for number, group in enumerate(bank.groups):
+            y = labels.y_BT if len(bank.groups) == 1 else labels.y_BT[:, group.task_ids]
+            params = list(group.parameters())
+            yield Piece(number, group, group.task_ids, None, params, group.grid(z_BD, params, keys_B), y, weight, None)
+        return
+    for route in routes:
+        route = route.to(z_BD.device)
+        group = bank.groups[route.group]
+        params = group.gather(route.active_A)
+        weight = None if labels.weight_B is None else labels.weight_B[route.row_P]
+        yield Piece(
+            route.group,
+            group,
+            route.task_A,
+            route.active_A,
+            params,
+            group.routed(z_BD, route, params, keys_B),
+            labels.y_P[route.label_P],
+            weight,
+            route.slot_P,
+        )
+
+
+class Objective:
+    """Kinds, scales and shares of all tasks as tensors on the device.
+
+    Args:
+        tasks: with their training statistics.
+        bank: its groups are of one kind each.
+        sampling_T: probability of each task in a routed batch; None where rows are not sampled by task.
+    """
+
+    def __init__(
+        self,
+        tasks: TaskTable,
+        bank: HeadBank,
+        config: ObjectiveConfig,
+        sampling_T: NDArray[np.float64] | None,
+        device: torch.device,
+    ):
+        self.kinds: dict[HeadGroup, Kind] = {group: tasks[int(group.task_ids[0])].kind for group in bank.groups}
+        names = {name for kind in set(self.kinds.values()) for name in PARAMS if name in tasks.stats}
+        self.params_T = {name: torch.tensor(tasks.stats[name], dtype=torch.float32, device=device) for name in names}
+        self.params_T["num_outputs"] = torch.tensor(tasks.num_outputs_T, device=device)
+        coefficient_T = coefficients(tasks, config, sampling_T)
+        self.coefficient_T = torch.tensor(coefficient_T, dtype=torch.float32, device=device)
+
+    def params(self, piece: Piece) -> Params:
+        return {name: piece.spread(value_T[piece.task_A]) for name, value_T in self.params_T.items()}
+
+    def losses(self, piece: Piece) -> Tensor:
+        """Weighted loss of each label; 0, with a gradient of 0, where it is missing."""
+        return self._each(piece, self.kinds[piece.group].losses)
+
+    def deviances(self, piece: Piece) -> Tensor:
+        """Deviance of each label, unweighted; 0 where it is missing."""
+        return self._each(piece, self.kinds[piece.group].deviances, weighted=False)
+
+    def predict(self, piece: Piece) -> Tensor:
+        return self.kinds[piece.group].predict(piece.logits.float(), self.params(piece))
+
+    def _each(self, piece: Piece, function: Any, weighted: bool = True) -> Tensor:
+        logits, y = piece.logits.float(), piece.y
+        present = None
+        if piece.slot_P is None:
+            present = ~y.isnan()
+            y = torch.where(present, y, 0)
+        value = function(logits, y, self.params(piece))
+        if weighted and piece.weight is not None:
+            value = value * piece.weight
+        return value if present is None else torch.where(present, value, 0)
+
+
+def coefficients(
+    tasks: TaskTable, config: ObjectiveConfig, sampling_T: NDArray[np.float64] | None
+) -> NDArray[np.float64]:
+    """weight_t * share_t / scale_t of each task, `[T]`; 0 for tasks without training labels."""
+    count_T = tasks.stats["train_labels"].astype(np.float64)
+    share_T = np.ones(len(tasks))
+    if config.share == "tasks":
+        probability_T = count_T / count_T.sum() if sampling_T is None else sampling_T
+        with np.errstate(divide="ignore"):
+            share_T = np.where(probability_T > 0, 1 / (probability_T * np.count_nonzero(probability_T)), 0.0)
+    scale_T = np.ones(len(tasks))
+    if config.scale != "none":
+        scale_T = tasks.stats["typical_loss" if config.scale == "kind" else "constant_deviance"]
+        scale_T = np.maximum(np.nan_to_num(scale_T, nan=1.0), SCALE_FLOOR)
+    return np.where(count_T > 0, tasks.weight_T * share_T / scale_T, 0.0)
+
+
+def expected_share(
+    tasks: TaskTable, config: ObjectiveConfig, sampling_T: NDArray[np.float64] | None
+) -> NDArray[np.float64]:
+    """Expected share `[T]` of each task in the objective: sampling x share x weight, summing to 1."""
+    count_T = tasks.stats["train_labels"].astype(np.float64)
+    sampled_T = count_T / count_T.sum() if sampling_T is None else sampling_T
+    share_T = coefficients(tasks, config.model_copy(update={"scale": "none"}), sampling_T) * sampled_T
+    return share_T / share_T.sum()

@@ -1,0 +1,129 @@
+"""AdamW for head banks: a step count for each task, on the active tasks only.
+
+A dense Adam moves a head that was absent for k steps by about sqrt(k) learning rates when it comes back, and decays it
+meanwhile. Here an absent head does not move at all: the result is that of a `torch.optim.AdamW` for each head, stepped
+only when its head is active (Loshchilov & Hutter, "Decoupled Weight Decay Regularization", ICLR 2019).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mtrain.model.heads import HeadBank
+
+
+@dataclass(frozen=True)
+class HeadUpdate:
+    """Gradients of the heads `active_A` (ids inside group number `group`; None = all of them in order), one `[A, ...]`
+    for each of the group's parameters, in their order. Give `active_A` on the CPU: its values are read there."""
+
+    group: int
+    grads: Sequence[Tensor]
+    active_A: Tensor | None = None
+
+
+class HeadAdamW(torch.optim.Optimizer):
+    """One AdamW for each head of a bank, vectorised; cost follows the active heads.
+
+    There is one `param_groups` entry for each of `bank.groups`. A parameter's state is `step` `[T_g]` and the stacks
+    `exp_avg` and `exp_avg_sq`, made at once: build the optimizer after moving the bank to its device.
+
+    Args:
+        bank: the heads.
+        lr, betas, eps, weight_decay: as in `torch.optim.AdamW`.
+        max_norm: clip the gradient of each head, over all its parameters, to this norm.
+    """
+
+    def __init__(
+        self,
+        bank: HeadBank,
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.01,
+        max_norm: float | None = None,
+    ):
+        defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "max_norm": max_norm}
+        self._heads: dict[Tensor, tuple[int, list[list[Tensor]]]] = {}
+        super().__init__([{"params": list(group.parameters())} for group in bank.groups], defaults)
+        for group in self.param_groups:
+            for p in group["params"]:
+                self.state[p] = {
+                    "step": torch.zeros(len(p), device=p.device),
+                    "exp_avg": torch.zeros_like(p, requires_grad=False),
+                    "exp_avg_sq": torch.zeros_like(p, requires_grad=False),
+                }
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._heads = {}  # loading replaced the stacks
+
+    def _stacks(self, p: Tensor) -> list[Tensor]:
+        """The parameter's stacks in the order in which the fused kernel takes them, step counts last."""
+        state = self.state[p]
+        return [p.detach(), state["exp_avg"], state["exp_avg_sq"], state["step"]]
+
+    def _views(self, p: Tensor) -> list[list[Tensor]]:
+        """Each head's own slice of `_stacks`, made once."""
+        if p not in self._heads or self._heads[p][0] != p.data_ptr():
+            self._heads[p] = p.data_ptr(), [list(stack.unbind()) for stack in self._stacks(p)]
+        return self._heads[p][1]
+
+    @torch.no_grad()
+    def step(self, updates: Iterable[HeadUpdate] | None = None) -> None:  # type: ignore[override]
+        """Move the heads that `updates` name; without it all heads by their `.grad`, but for groups that have none."""
+        if updates is None:
+            grads = [[p.grad for p in group["params"]] for group in self.param_groups]
+            updates = [HeadUpdate(i, g) for i, g in enumerate(grads) if all(grad is not None for grad in g)]
+        for update in updates:
+            if update.active_A is None or len(update.active_A):
+                self._update(update)
+
+    def _update(self, update: HeadUpdate) -> None:
+        options = self.param_groups[update.group]
+        params: list[Tensor] = options["params"]
+        grads = [grad.contiguous() for grad in update.grads]
+        if options["max_norm"] is not None:
+            grads = clip_per_head(grads, options["max_norm"])
+        for p in params:
+            step_T = self.state[p]["step"]
+            step_T[slice(None) if update.active_A is None else update.active_A] += 1
+        if update.active_A is None and bool((step_T == step_T[0]).all()):  # whole stacks at once
+            stacks, means, squares, steps = map(list, zip(*map(self._stacks, params), strict=True))
+            steps = [step_T[0] for step_T in steps]
+        else:  # each active head by its own slice of the stacks: nothing is gathered or written back
+            stacks, means, squares, steps = [], [], [], []
+            ids = None if update.active_A is None else update.active_A.tolist()
+            for p in params:
+                for chosen, heads in zip((stacks, means, squares, steps), self._views(p), strict=True):
+                    chosen += heads if ids is None else map(heads.__getitem__, ids)
+            grads = [head for grad in grads for head in grad.unbind()]
+        beta1, beta2 = options["betas"]
+        torch._fused_adamw_(
+            stacks,
+            grads,
+            means,
+            squares,
+            [],
+            steps,
+            lr=options["lr"],
+            beta1=beta1,
+            beta2=beta2,
+            weight_decay=options["weight_decay"],
+            eps=options["eps"],
+            amsgrad=False,
+            maximize=False,
+        )
+
+
+def clip_per_head(grads: Sequence[Tensor], max_norm: float) -> list[Tensor]:
+    """`grads` (stacks `[A, ...]`) with the gradient of each head, over all stacks, scaled to a norm of at most
+    `max_norm`, as `torch.nn.utils.clip_grad_norm_` does for one head."""
+    norm_A = torch.stack([torch.linalg.vector_norm(grad.flatten(1), dim=1) for grad in grads]).norm(dim=0)
+    scale_A = (max_norm / (norm_A + 1e-6)).clamp(max=1)
+    return [grad * scale_A.view(-1, *[1] * (grad.dim() - 1)) for grad in grads]

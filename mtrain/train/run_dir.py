@@ -1,0 +1,132 @@
+"""A run directory tells everything; every command takes one."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import yaml
+
+from mtrain.config import Config, check_config, differences, to_yaml
+from mtrain.errors import UserError
+from mtrain.tasks import TaskTable
+from mtrain.train.checkpoint import Checkpoints
+
+# Changing these does not make another run.
+MAY_CHANGE = (
+    "run_dir", "tracker", "data.root", "data.workers", "data.in_memory", "train.epochs", "train.steps", "train.log_every",
+    "train.keep_checkpoints", "train.compile", "train.max_bad_steps", "select.patience",
+)  # fmt: skip
+
+
+class RunDir:
+    """Files of one run: config.yaml, tasks.parquet, features.json, split.parquet, metrics.jsonl, per_task.parquet,
+    summary.json and checkpoints/. A run over several split seeds holds one such directory per seed, split-<seed>/."""
+
+    def __init__(self, path: Path, keep_checkpoints: int = 1):
+        self.path = path
+        self.checkpoints = Checkpoints(path / "checkpoints", keep_checkpoints)
+
+    @property
+    def config_file(self) -> Path:
+        return self.path / "config.yaml"
+
+    @property
+    def is_run(self) -> bool:
+        return self.config_file.is_file()
+
+    def start(self, config: Config) -> None:
+        """Create the directory, or check that it is of the same run.
+
+        Raises:
+            UserError: it holds a run with another configuration (what differs is named) or something else.
+        """
+        if self.is_run:
+            changed = differences(self.config(), config, MAY_CHANGE)
+            if changed:
+                more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
+                raise UserError(
+                    f"run_dir {self.path}: holds a run with another configuration: {'; '.join(changed[:3])}{more}; "
+                    "choose another --run_dir or remove it"
+                )
+        elif self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
+            raise UserError(f"run_dir {self.path}: exists and is not a run; choose another --run_dir")
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._write_text("config.yaml", to_yaml(config))
+        except OSError as error:
+            raise UserError(f"run_dir {self.path}: cannot be written: {error.strerror}") from error
+
+    def config(self) -> Config:
+        if not self.is_run:
+            raise UserError(f"run {self.path}: holds no config.yaml; expected the directory of a run")
+        return check_config(yaml.safe_load(self.config_file.read_text()), str(self.config_file))
+
+    def splits(self) -> list[RunDir]:
+        """The runs of the split seeds; the run itself if there is one seed."""
+        seeds = self.config().split.seeds
+        return [self] if len(seeds) == 1 else [RunDir(self.path / f"split-{seed}") for seed in seeds]
+
+    def tasks(self) -> TaskTable:
+        path = self.path / "tasks.parquet"
+        if not path.is_file():
+            raise UserError(f"run {self.path}: holds no tasks.parquet; expected a run that has been trained")
+        return TaskTable.load(path)
+
+    def save_json(self, name: str, value: Any) -> None:
+        self._write_text(name, json.dumps(value, indent=1, allow_nan=False))
+
+    def load_json(self, name: str) -> Any:
+        path = self.path / name
+        if not path.is_file():
+            raise UserError(f"run {self.path}: holds no {name}; expected a run that has been trained")
+        return json.loads(path.read_text())
+
+    def save_table(self, name: str, table: pa.Table) -> None:
+        unfinished = self.path / f".{name}"
+        pq.write_table(table, unfinished)
+        os.replace(unfinished, self.path / name)
+
+    def log(self, line: dict[str, Any]) -> None:
+        with (self.path / "metrics.jsonl").open("a") as file:
+            file.write(json.dumps(line, allow_nan=False) + "\n")
+
+    def cut_log(self, step: int) -> None:
+        """Forget the lines after a step, which a resumed run writes again."""
+        path = self.path / "metrics.jsonl"
+        if path.is_file():
+            kept = [line for line in path.read_text().splitlines() if line and json.loads(line)["step"] <= step]
+            self._write_text("metrics.jsonl", "".join(line + "\n" for line in kept))
+
+    def _write_text(self, name: str, text: str) -> None:
+        unfinished = self.path / f".{name}"
+        unfinished.write_text(text)
+        os.replace(unfinished, self.path / name)
+
+
+def average_summaries(summaries: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Mean of each number over split seeds, with `sd` (n - 1) of each metric's reductions beside it."""
+    first = summaries[0]
+    merged: dict[str, Any] = {}
+    for key, value in first.items():
+        values = [summary.get(key) for summary in summaries]
+        if isinstance(value, dict) and "scored" in value:
+            merged[key] = average_summaries([v for v in values if v])
+            numbers = {k: [v[k] for v in values if v and v.get(k) is not None] for k in value}
+            merged[key]["sd"] = {k: float(np.std(n, ddof=1)) for k, n in numbers.items() if len(n) > 1}
+        elif isinstance(value, dict):
+            merged[key] = average_summaries([v for v in values if v is not None])
+        elif isinstance(value, int | float) and not isinstance(value, bool):
+            present = [v for v in values if v is not None]
+            merged[key] = float(np.mean(present))
+        elif all(v == value for v in values):
+            merged[key] = value
+        else:
+            merged[key] = values
+    return merged
