@@ -59,7 +59,7 @@ def _run(argv: list[str]) -> None:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     sys.path.insert(0, os.getcwd())  # users' own classes are found beside them
-    console = Console()
+    console = Console(width=None if sys.stdout.isatty() else 140)
     if arguments.command == "bench":
         _bench(arguments)
         return

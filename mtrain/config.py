@@ -23,9 +23,10 @@ class Section(BaseModel):
 class DataConfig(Section):
     """Where the table is and how its labels come."""
 
-    path: str | list[str]
-    """File, list of files, glob, folder, hub id, or `python:package.module.function` that returns a table; relative files
-    are looked for in `root`, in the working directory, then beside the config."""
+    path: str | list[str] | dict[str, str | list[str]]
+    """File, list of files, files by split name (`{train: a.csv, test: b.csv}`), glob, folder, hub id, or
+    `python:package.module.function` that returns a table; relative files are looked for in `root`, in the working
+    directory, then beside the config."""
     layout: Literal["grid", "routed", "pairs"]
     """grid: a column per task; routed: a task column, each row belongs to one task; pairs: (key, task, label) rows."""
     root: str | None = None
@@ -34,8 +35,8 @@ class DataConfig(Section):
     """Default: by the file's ending."""
     name: str | None = None
     """Configuration of a hub data set."""
-    source_split: str = "train"
-    """Split of a hub data set or folder, `train+test` joins two."""
+    source_split: str | None = None
+    """Split of a hub data set, `train+test` joins two; default: all of them."""
     in_memory: bool = False
     """Copy the table to memory in place of memory-mapping it."""
     key: str | None = None
@@ -88,15 +89,19 @@ class TasksConfig(Section):
 class SplitConfig(Section):
     """Which rows (pairs: labels) train, validate and test."""
 
-    by: Literal["random", "column", "stratified", "group", "scaffold", "time", "within_task", "kfold"] = "random"
-    parts: dict[str, float | str | list[str]] = Field(default_factory=lambda: {"train": 0.8, "valid": 0.1, "test": 0.1})
-    """Share of each part, or with `by: column` the column's values that form it (a share is then taken from train)."""
+    by: Literal["random", "column", "stratified", "group", "scaffold", "time", "within_task", "kfold", "sources"] = "random"
+    """What is dealt out; `sources`: the data's own splits (a hub data set's, or the names in `data.path`)."""
+    parts: dict[str, float | str | list[str]] = Field(default_factory=dict)
+    """Share of each part, default 0.8, 0.1, 0.1; with `by: column` or `sources` the values that form it (a share is then
+    taken from train)."""
     column: str | None = None
     """Column of `column`, `stratified`, `group`, `time`; the SMILES column of `scaffold`."""
     folds: int = Field(5, ge=2)
     """kfold: number of folds."""
     fold: int = Field(0, ge=0)
     """kfold: the fold that is the test part; the next one validates."""
+    balanced: bool = False
+    """scaffold: groups in random order in place of the largest first."""
     seeds: list[int] = Field(default_factory=lambda: [0], min_length=1)
     """One run a seed; several report mean and standard deviation."""
     refit: bool = False
@@ -111,7 +116,10 @@ class HeadConfig(Section):
     activation: Literal["relu", "elu", "gelu", "silu", "tanh"] = "relu"
     dropout: float = Field(0.0, ge=0, lt=1)
     toward_shared: float = Field(0.0, ge=0)
-    """Pull of a head towards the mean of its group's heads, in rows: as strong as that many rows of its task."""
+    """Pull of a head's weights towards the mean of its group's heads, in rows: as strong as that many rows of its task.
+    Heads then start equal."""
+    toward_shared_bias: float | None = Field(None, ge=0)
+    """The same for biases, which often differ more between tasks; default: as `toward_shared`."""
 
 
 class ModelConfig(Section):
@@ -119,7 +127,7 @@ class ModelConfig(Section):
     """Shared network: MLP, Linear, Identity or the import path of an nn.Module."""
     neck: int | None = Field(None, ge=1)
     """Width of a last shared linear layer behind the trunk."""
-    head: HeadConfig = Field(default_factory=HeadConfig)
+    head: HeadConfig = HeadConfig()
 
 
 class TargetsConfig(Section):
@@ -140,7 +148,7 @@ class ObjectiveConfig(Section):
     scale: Literal["none", "kind", "constant"] = "kind"
     """Divisor of a task's loss: nothing, its kind's typical loss, or the loss of the best constant predictor."""
     balancer: Spec = Field(default_factory=lambda: Spec(class_path="equal"))
-    targets: TargetsConfig = Field(default_factory=TargetsConfig)
+    targets: TargetsConfig = TargetsConfig()
 
 
 class TrainConfig(Section):
@@ -210,14 +218,14 @@ class Config(Section):
     data: DataConfig
     inputs: dict[str, list[Spec]] = Field(default_factory=dict)
     """Features by column name or pattern; none: every column that is not a label, key, task or weight, by its type."""
-    tasks: TasksConfig = Field(default_factory=TasksConfig)
-    split: SplitConfig = Field(default_factory=SplitConfig)
+    tasks: TasksConfig = TasksConfig()
+    split: SplitConfig = SplitConfig()
     sampler: Spec = Field(default_factory=lambda: Spec(class_path="Proportional"))
     """routed: rows per task and step: Proportional, Temperature, Equal, or an import path."""
-    model: ModelConfig = Field(default_factory=ModelConfig)
-    objective: ObjectiveConfig = Field(default_factory=ObjectiveConfig)
-    train: TrainConfig = Field(default_factory=TrainConfig)
-    select: SelectConfig = Field(default_factory=SelectConfig)
+    model: ModelConfig = ModelConfig()
+    objective: ObjectiveConfig = ObjectiveConfig()
+    train: TrainConfig = TrainConfig()
+    select: SelectConfig = SelectConfig()
     tracker: Spec = Field(default_factory=lambda: Spec(class_path="none"))
     """none, or Wandb (offline unless `mode: online` or WANDB_MODE says otherwise)."""
     run_dir: str | None = None
@@ -356,7 +364,8 @@ def _put(tree: dict[str, Any], key: str, value: Any) -> None:
         elif child is None:
             child = node[part] = {}
         if not isinstance(child, dict):
-            raise UserError(f"--{key}: {'.'.join(path[: i + 1])} is not a section{nearest(key, (k for k, _, _ in keys()))}")
+            known = nearest(key, (k for k, _, _ in keys()))
+            raise UserError(f"--{key}: {'.'.join(path[: i + 1])} is not a section{known}")
         node = child
     node[last] = value
 

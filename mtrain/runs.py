@@ -18,8 +18,9 @@ from rich.console import Console
 
 from mtrain.components import Spec, build
 from mtrain.config import Config
+from mtrain.data import FEATURES
 from mtrain.data.features import Feature, encode_column
-from mtrain.data.prepare import FEATURES, Prepared, prepare, read_source
+from mtrain.data.prepare import Prepared, prepare, read_source
 from mtrain.data.sources import open_table, to_arrow
 from mtrain.errors import UserError
 from mtrain.model.kinds import Quantile
@@ -136,11 +137,12 @@ def predict(path: Path, data_path: str, output: Path, console: Console) -> None:
     tasks = models[0].tasks
     for values in sums.values():
         values[~valid_N] = np.nan
-    if config.data.layout == "routed" and config.data.task in data.column_names:
-        columns[config.data.task] = to_arrow(data, [config.data.task])[config.data.task]
-        columns["prediction"] = _own_prediction(columns[config.data.task], tasks, sums)
-    for t, task in enumerate(tasks):
-        columns |= prediction_columns(task, sums[t])
+    task = config.data.task
+    if config.data.layout == "routed" and task is not None and task in data.column_names:
+        columns[task] = to_arrow(data, [task])[task]
+        columns["prediction"] = _own_prediction(columns[task], tasks, sums)
+    for t, one in enumerate(tasks):
+        columns |= prediction_columns(one, sums[t])
     _write(pa.table(columns), output)
     if not valid_N.all():
         console.print(f"{int((~valid_N).sum())} of {len(data)} rows have inputs that cannot be used: no prediction")

@@ -50,9 +50,7 @@ class Pairs:
     weight_B: Tensor | None = None
 
     @staticmethod
-    def of(
-        row_P: Tensor, task_P: Tensor, y_P: Tensor, weight_B: Tensor | None, num_rows: int, num_tasks: int
-    ) -> Pairs:
+    def of(row_P: Tensor, task_P: Tensor, y_P: Tensor, weight_B: Tensor | None, num_rows: int, num_tasks: int) -> Pairs:
         order = row_P.argsort(stable=True)
         row_P = row_P[order]
         start_R = torch.searchsorted(row_P, torch.arange(num_rows + 1))
@@ -121,9 +119,6 @@ C = TypeVar("C", Grid, Pairs, Batch)
 def _to(container: C, device: torch.device) -> C:
     if device.type == "cpu":
         return container
-    moved = {
-        name: value.to(device, non_blocking=True)
-        for name, value in vars(container).items()
-        if isinstance(value, Tensor | Grid | Pairs)
-    }
-    return replace(container, **moved)
+    tensors = {k: v.to(device, non_blocking=True) for k, v in vars(container).items() if isinstance(v, Tensor)}
+    labels = {k: v.to(device) for k, v in vars(container).items() if isinstance(v, Grid | Pairs)}
+    return replace(container, **tensors, **labels)  # type: ignore[arg-type]

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import numpy as np
 import pyarrow as pa
 
-from mtrain.data.features import FEATURES, FLOAT32_MAX, Encoded, Feature, Numeric, OnInvalid, is_text, only_column
+from mtrain.data.features import FLOAT32_MAX, Encoded, Feature, Numeric, OnInvalid, is_text, only_column
 from mtrain.errors import UserError
 
 
@@ -105,9 +105,7 @@ class ECFP(Fingerprint):
         from rdkit.Chem import rdFingerprintGenerator as make
 
         invariants = {"atomInvariantsGenerator": make.GetMorganFeatureAtomInvGen()} if self.features else {}
-        return make.GetMorganGenerator(
-            radius=self.radius, fpSize=self.bits, includeChirality=self.chirality, **invariants
-        )
+        return make.GetMorganGenerator(radius=self.radius, fpSize=self.bits, includeChirality=self.chirality, **invariants)
 
 
 class AtomPair(Fingerprint):
@@ -185,7 +183,7 @@ class Avalon(Fingerprint):
 
 
 class Descriptors(Molecules):
-    """RDKit's 2D descriptors (217 in 2026.9), about 12 ms a molecule.
+    """RDKit's 2D descriptors (217 in 2026.9), tens of milliseconds a molecule.
 
     A descriptor that fails or is not finite is missing: filled with the training median. Then, on training statistics,
     normal scores of ranks (`quantile`; insensitive to the wild tails of some descriptors) or mean 0 and variance 1
@@ -279,6 +277,3 @@ def _as_numpy(make: Callable[[Any], Any]) -> Callable[[Any], np.ndarray]:
         return out
 
     return calculate
-
-
-FEATURES |= {kind.__name__: kind for kind in (ECFP, AtomPair, TopologicalTorsion, MACCS, Avalon, Descriptors)}

@@ -522,6 +522,8 @@ def _matrix(name: str, column: pa.ChunkedArray) -> np.ndarray:
             else:
                 length = 0
             leaf, num_values = leaf.flatten(), num_values * length
+        if not num_values:
+            raise UserError(f"column '{name}', row {done + 1}: an empty list, expected at least one number")
         if leaf is chunk or not _is_number(leaf.type):
             hint = "use the feature Numeric or Categorical" if leaf is chunk else "use a feature of your own"
             raise UserError(f"column '{name}' has type {column.type}, expected lists of numbers; {hint}")
@@ -533,8 +535,6 @@ def _matrix(name: str, column: pa.ChunkedArray) -> np.ndarray:
             leaf = leaf.cast(pa.float64())
         if blocks and num_values != blocks[0].shape[1]:
             _refuse_lengths(name, done, num_values, 0, blocks[0].shape[1])
-        if not num_values:
-            raise UserError(f"column '{name}', row {done + 1}: an empty list, expected at least one number")
         blocks.append(leaf.to_numpy(zero_copy_only=False).reshape(len(chunk), num_values))
         done += len(chunk)
     return blocks[0] if len(blocks) == 1 else np.concatenate(blocks)
@@ -597,9 +597,3 @@ def _names(columns: Sequence[str]) -> str:
 def _some(names: Sequence[str]) -> str:
     more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
     return ", ".join(names[:SHOWN]) + more
-
-
-FEATURES: dict[str, type[Feature]] = {kind.__name__: kind for kind in (Numeric, Array, Categorical)}
-"""What a config can name by its short name."""
-
-from mtrain.data import chem as _chem  # noqa: E402, F401  it adds its own to FEATURES, and needs all of the above

@@ -50,14 +50,11 @@ def select(names: Sequence[str], selection: Selection, key: str) -> list[str]:
     return [
         name
         for name in names
-        if any(fnmatchcase(name, p) for p in selection.include)
-        and not any(fnmatchcase(name, p) for p in selection.exclude)
+        if any(fnmatchcase(name, p) for p in selection.include) and not any(fnmatchcase(name, p) for p in selection.exclude)
     ]
 
 
-def read_grid(
-    data: datasets.Dataset, columns: list[str], config: TasksConfig, missing: Sequence[float | str]
-) -> LabelTable:
+def read_grid(data: datasets.Dataset, columns: list[str], config: TasksConfig, missing: Sequence[float | str]) -> LabelTable:
     """One task per label column; NaN, null, empty text and `missing` are no label."""
     if not columns:
         raise UserError("tasks.labels: no label column is left; name them in tasks.labels")
@@ -77,9 +74,7 @@ def read_grid(
     )
 
 
-def read_long(
-    data: datasets.Dataset, task: str, label: str, config: TasksConfig, missing: Sequence[float | str]
-) -> LabelTable:
+def read_long(data: datasets.Dataset, task: str, label: str, config: TasksConfig, missing: Sequence[float | str]) -> LabelTable:
     """One task per value of the task column (layouts routed and pairs)."""
     require(data.column_names, task, "data.task")
     require(data.column_names, label, "data.label")
@@ -91,9 +86,7 @@ def read_long(
     all_names = encoded.dictionary.to_pylist()
     names = select(all_names, config.labels, "tasks.labels")
     position = np.full(len(all_names), -1)
-    position[[all_names.index(name) for name in names] if len(names) < len(all_names) else slice(None)] = np.arange(
-        len(names)
-    )
+    position[[all_names.index(name) for name in names] if len(names) < len(all_names) else slice(None)] = np.arange(len(names))
     task_N = position[encoded.indices.to_numpy()]
     wanted = {_configured_kind(name, config) for name in names}
     column = _parse(table[label], label, missing, wanted.pop() if len(wanted) == 1 else None)

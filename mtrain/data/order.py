@@ -46,9 +46,7 @@ def shuffled(
     return index.astype(np.int64)
 
 
-def _feistel(
-    index: NDArray[np.uint64], key: NDArray[np.uint64], half: NDArray[np.uint64]
-) -> NDArray[np.uint64]:
+def _feistel(index: NDArray[np.uint64], key: NDArray[np.uint64], half: NDArray[np.uint64]) -> NDArray[np.uint64]:
     mask = (U64(1) << half) - U64(1)
     left, right = index >> half, index & mask
     for r in range(_ROUNDS):

@@ -18,24 +18,17 @@ from torch import Tensor
 
 from mtrain.components import Spec, build
 from mtrain.config import Config, SplitConfig, TargetsConfig
+from mtrain.data import FEATURES
 from mtrain.data.batch import Pairs
-from mtrain.data import chem
-from mtrain.data.features import Array, Categorical, Encoded, Feature, Numeric, encode_column, infer_feature
+from mtrain.data.features import Encoded, Feature, encode_column, infer_feature
 from mtrain.data.labels import LabelTable, read_grid, read_long, select
 from mtrain.data.loader import Part
 from mtrain.data.sources import open_table, require, to_arrow
-from mtrain.data.splits import Split, overlap, split, split_hash
+from mtrain.data.splits import SOURCE, Split, overlap, split, split_hash
 from mtrain.errors import UserError, nearest
 from mtrain.model.kinds import SortedLabels
 from mtrain.tasks import TaskTable
 
-FEATURES: dict[str, type[Feature]] = {
-    cls.__name__: cls
-    for cls in (
-        Numeric, Array, Categorical, chem.ECFP, chem.AtomPair, chem.TopologicalTorsion, chem.MACCS, chem.Avalon,
-        chem.Descriptors,
-    )
-}  # fmt: skip
 _GRID_DENSITY = 0.02  # sparser tables are kept as pairs, denser pairs as a grid
 
 
@@ -112,7 +105,8 @@ def read_source(config: Config, beside: Path | None = None) -> Source:
     if config.split.column is not None:
         require(columns, config.split.column, "split.column")
     input_columns = _match_inputs(config, columns)
-    reserved = {config.data.key, config.data.task, config.data.label, config.data.weight, config.split.column}
+    of_data = config.data
+    reserved = {of_data.key, of_data.task, of_data.label, of_data.weight, config.split.column, SOURCE}
 
     missing = config.data.missing_labels
     if config.data.layout == "grid":
@@ -123,7 +117,8 @@ def read_source(config: Config, beside: Path | None = None) -> Source:
             raise UserError("tasks.labels and inputs are both missing: name the label columns or the input columns")
         labels = read_grid(data, select([*candidates, *chosen.exclude], chosen, "tasks.labels"), config.tasks, missing)
     else:
-        assert config.data.task is not None and config.data.label is not None
+        assert config.data.task is not None
+        assert config.data.label is not None
         labels = read_long(data, config.data.task, config.data.label, config.tasks, missing)
         data = data.select(labels.row_P)  # a unit is a label
         labels = replace(labels, row_P=np.arange(len(labels.row_P)))
@@ -157,6 +152,7 @@ def prepare(source: Source, seed: int) -> Prepared:
         seed,
         n=num_units,
         columns=source.column,
+        known=source.data.column_names,
         task_N=np.array(labels.tasks.names)[labels.task_P] if config.data.layout != "grid" else None,
         key=source.column(config.data.key, "data.key") if config.data.key else None,
     )
@@ -281,8 +277,8 @@ def _match_inputs(config: Config, columns: list[str]) -> list[tuple[list[str], S
 
 
 def _inferred(data: datasets.Dataset, column: str) -> Spec:
-    feature = infer_feature(data.features.arrow_schema.field(column), to_arrow(data, [column])[column])
-    return Spec(class_path=type(feature).__name__)
+    values = to_arrow(data, [column])
+    return infer_feature(values.schema.field(0), values[column])
 
 
 def _entities(data: datasets.Dataset, key: str, inputs: list[str]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
@@ -340,9 +336,7 @@ def _without_invalid(source: Source) -> Source:
     return replace(
         source,
         data=source.data.select(np.flatnonzero(keep_U)),
-        labels=replace(
-            labels, task_P=labels.task_P[keep_P], row_P=new_unit[labels.row_P[keep_P]], y_P=labels.y_P[keep_P]
-        ),
+        labels=replace(labels, task_P=labels.task_P[keep_P], row_P=new_unit[labels.row_P[keep_P]], y_P=labels.y_P[keep_P]),
         input_U=new_input[source.input_U[keep_U]],
         weight_U=None if source.weight_U is None else source.weight_U[keep_U],
         notes=[*source.notes, f"{num_bad} of {len(valid_N)} rows have inputs that cannot be used and are left out"],
@@ -350,7 +344,7 @@ def _without_invalid(source: Source) -> Source:
 
 
 def _split_spec(config: SplitConfig) -> Split:
-    return Split(config.by, config.parts, config.column, config.fold, config.folds)
+    return Split(config.by, config.parts, config.column, config.fold, config.folds, config.balanced)
 
 
 def _part(

@@ -13,6 +13,7 @@ import pyarrow as pa
 
 from mtrain.components import find
 from mtrain.config import DataConfig
+from mtrain.data.splits import SOURCE
 from mtrain.errors import UserError, nearest
 
 _FORMATS = {
@@ -36,14 +37,22 @@ def open_table(config: DataConfig, beside: Path | None = None) -> datasets.Datas
     """
     if isinstance(config.path, str) and config.path.startswith(PYTHON):
         return _call(config.path)
-    paths = [config.path] if isinstance(config.path, str) else config.path
-    files = [file for path in paths for file in _find(path, config, beside)]
-    quiet = datasets.utils.logging.get_verbosity()
+    by_split = config.path if isinstance(config.path, dict) else {"train": config.path}
+    files = {split: _files(paths, config, beside) for split, paths in by_split.items()}
+    verbosity = datasets.utils.logging.get_verbosity()
     datasets.utils.logging.set_verbosity_error()
     try:
-        return _load(files, config) if files else _load_hub(config)
+        from_hub = isinstance(config.path, str) and not files["train"]
+        loaded = _load_hub(config) if from_hub else _load(files, config)
     finally:
-        datasets.utils.logging.set_verbosity(quiet)
+        datasets.utils.logging.set_verbosity(verbosity)
+    if len(loaded) == 1:
+        return next(iter(loaded.values()))
+    tables = [data.add_column(SOURCE, [split] * len(data)) for split, data in loaded.items()]
+    try:
+        return datasets.concatenate_datasets(tables)
+    except (ValueError, TypeError) as error:
+        raise UserError(f"data.path: the splits {', '.join(loaded)} have different columns: {_reason(error)}") from None
 
 
 def require(columns: list[str], wanted: str, key: str) -> str:
@@ -75,6 +84,10 @@ def _roots(config: DataConfig, beside: Path | None) -> list[Path]:
     return [Path(p) for p in (root, ".", beside) if p is not None]
 
 
+def _files(paths: str | list[str], config: DataConfig, beside: Path | None) -> list[str]:
+    return [file for path in ([paths] if isinstance(paths, str) else paths) for file in _find(path, config, beside)]
+
+
 def _find(path: str, config: DataConfig, beside: Path | None) -> list[str]:
     """Files behind one path; none if it can only be a hub id."""
     roots = _roots(config, beside)
@@ -103,31 +116,29 @@ def _format(name: str) -> str | None:
     return next((_FORMATS[s] for s in reversed(suffixes) if s in _FORMATS), None)
 
 
-def _load(files: list[str], config: DataConfig) -> datasets.Dataset:
-    form = config.format or _format(files[0])
+def _load(files: dict[str, list[str]], config: DataConfig) -> dict[str, datasets.Dataset]:
+    every = [file for paths in files.values() for file in paths]
+    form = config.format or _format(every[0])
     if form is None:
-        raise UserError(f"data.path {files[0]}: unknown file type; set data.format to csv, json, parquet or arrow")
+        raise UserError(f"data.path {every[0]}: unknown file type; set data.format to csv, json, parquet or arrow")
     options: dict[str, object] = {}
     if form == "csv":
         options = {"chunksize": 2**31 - 1}  # one chunk, so that a column has one type however long the file is
-        if ".tsv" in files[0]:
+        if ".tsv" in every[0]:
             options["sep"] = "\t"
-        for file in files:
+        for file in every:
             if "://" not in file:
                 _check_header(file, str(options.get("sep", ",")))
     try:
-        return datasets.load_dataset(
-            form, data_files=files, split="train", keep_in_memory=config.in_memory, **options
-        )
+        return datasets.load_dataset(form, data_files=files, keep_in_memory=config.in_memory, **options)
     except Exception as error:  # the libraries below raise many types for a broken file
-        raise UserError(f"data.path {', '.join(files[:3])}: cannot be read as {form}: {_reason(error)}") from error
+        raise UserError(f"data.path {', '.join(every[:3])}: cannot be read as {form}: {_reason(error)}") from error
 
 
-def _load_hub(config: DataConfig) -> datasets.Dataset:
+def _load_hub(config: DataConfig) -> dict[str, datasets.Dataset]:
     try:
-        return datasets.load_dataset(
-            config.path, config.name, split=config.source_split, keep_in_memory=config.in_memory
-        )
+        found = datasets.load_dataset(config.path, config.name, split=config.source_split, keep_in_memory=config.in_memory)
+        return {"train": found} if isinstance(found, datasets.Dataset) else found
     except Exception as error:
         raise UserError(f"data.path {config.path}: no such file, and the hub says: {_reason(error)}") from error
 

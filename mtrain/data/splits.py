@@ -220,8 +220,7 @@ def _by_fold(spec: Split, seed: int, n: int, keys: np.ndarray | None) -> dict[st
     fewest = 3 if share is None else 2
     if not (spec.folds >= fewest and 0 <= spec.fold < spec.folds):
         raise UserError(
-            f"split: fold is {spec.fold} and folds {spec.folds}, expected at least {fewest} folds, and fold from 0 to "
-            "folds - 1"
+            f"split: fold is {spec.fold} and folds {spec.folds}, expected at least {fewest} folds, and fold from 0 to folds - 1"
         )
     groups = np.arange(n) if keys is None else keys
     order = _rng(seed, "kfold").permutation(groups.max() + 1)

@@ -43,11 +43,11 @@ class SortedLabels:
         return len(self.num_outputs_T)
 
     @property
-    def count_T(self) -> NDArray[np.int64]:
+    def count_T(self) -> NDArray[np.integer]:
         return np.bincount(self.task_P, minlength=self.num_tasks)
 
     def sum(self, value_P: NDArray[np.float64]) -> NDArray[np.float64]:
-        return np.bincount(self.task_P, weights=value_P, minlength=self.num_tasks)
+        return np.bincount(self.task_P, weights=value_P, minlength=self.num_tasks).astype(np.float64)
 
     def mean(self, value_P: NDArray[np.float64] | None = None) -> NDArray[np.float64]:
         with np.errstate(invalid="ignore", divide="ignore"):
@@ -196,9 +196,7 @@ class Binary(Kind):
         return {"pos_weight": np.full(labels.num_tasks, float(self.pos_weight))}
 
     def losses(self, logits: Tensor, y: Tensor, params: Params) -> Tensor:
-        return F.binary_cross_entropy_with_logits(
-            logits[..., 0], y, reduction="none", pos_weight=params.get("pos_weight")
-        )
+        return F.binary_cross_entropy_with_logits(logits[..., 0], y, reduction="none", pos_weight=params.get("pos_weight"))
 
     def deviances(self, logits: Tensor, y: Tensor, params: Params) -> Tensor:
         return F.binary_cross_entropy_with_logits(self._plain(logits, params)[..., 0], y, reduction="none")

@@ -51,7 +51,7 @@ class TrainingProgress:
         now = time.monotonic()
         if self.first_step is None:
             self.first_step, self.started = step, now
-        if now - self.last_line < PLAIN_EVERY_S and step < self.total:
+        if now - self.last_line < PLAIN_EVERY_S:
             return
         self.last_line = now
         done = step - self.first_step

@@ -16,7 +16,7 @@ from mtrain.data.batch import Batch
 from mtrain.data.loader import Part
 from mtrain.errors import UserError, nearest
 from mtrain.model.heads import HeadBank
-from mtrain.model.metrics import METRICS, ScoreOptions, Scored, best_f1_threshold, summarize
+from mtrain.model.metrics import METRICS, Scored, ScoreOptions, best_f1_threshold, summarize
 from mtrain.tasks import TaskTable
 from mtrain.train.objective import Objective, Piece, pieces, routes
 
@@ -98,7 +98,7 @@ class Evaluator:
         deviance_T, constant_T = np.zeros((2, len(self.tasks)))
         count_T = np.zeros(len(self.tasks), dtype=np.int64)
         collected: dict[str, list[tuple[NDArray[Any], ...]]] = defaultdict(list)
-        for piece, row_P, task_P, flat in self._run(x_NF, part):
+        for piece, row_P, task_P, at in self._run(x_NF, part):
             kind = self.objective.kinds[piece.group]
             constant = replace(piece, logits=self._constant_logits(piece))
             for total_T, which in ((deviance_T, piece), (constant_T, constant)):
@@ -108,8 +108,8 @@ class Evaluator:
             prediction = self.objective.predict(piece)
             if kind.family != "multiclass":
                 prediction = kind.point(prediction)
-            pred_P = flat(prediction).double().cpu().numpy()
-            y_P = flat(piece.y).double().cpu().numpy()
+            pred_P = prediction[at].double().cpu().numpy()
+            y_P = piece.y[at].double().cpu().numpy()
             if kind.standardized:
                 pred_P = pred_P * self.scale_T[task_P] + self.center_T[task_P]
                 y_P = y_P * self.scale_T[task_P] + self.center_T[task_P]
@@ -158,7 +158,7 @@ class Evaluator:
                 yield task_A, value_NAO
 
     def _run(self, x_NF: Tensor, part: Part) -> Iterator[tuple[Piece, NDArray[np.int64], NDArray[np.int64], Any]]:
-        """Pieces of all batches, with row and task of each label, and what brings values to one entry per label."""
+        """Pieces of all batches, with row and task of each label, and where in a value per label they are."""
         with _evaluating(self.model, self.bank), torch.no_grad():
             for at_B in torch.arange(part.num_rows).split(EVAL_ROWS):
                 batch: Batch = part.batch(x_NF, at_B)
@@ -166,20 +166,13 @@ class Evaluator:
                 row_of_B = batch.row_B.numpy()
                 batch = batch.to(self.device)
                 z_BD = self.model(batch.x_BF).float()
-                for piece in pieces(self.bank, z_BD, batch.labels, needed):
+                for i, piece in enumerate(pieces(self.bank, z_BD, batch.labels, needed)):
                     if piece.slot_P is None:
                         row_P, slot_P = (~piece.y.isnan()).nonzero(as_tuple=True)
-
-                        def flat(value: Tensor, at: tuple[Tensor, Tensor] = (row_P, slot_P)) -> Tensor:
-                            return value[at]
+                        at: Any = (row_P, slot_P)
                     else:
-                        slot_P = piece.slot_P
-                        row_P = next(r.row_P for r in needed if self.bank.groups[r.group] is piece.group)
-
-                        def flat(value: Tensor, at: Any = None) -> Tensor:
-                            return value
-
-                    yield piece, row_of_B[row_P.cpu().numpy()], piece.task_A[slot_P].cpu().numpy(), flat
+                        row_P, slot_P, at = needed[i].row_P, piece.slot_P, slice(None)
+                    yield piece, row_of_B[row_P.cpu().numpy()], piece.task_A[slot_P].cpu().numpy(), at
 
     def _constant_logits(self, piece: Piece) -> Tensor:
         logits_AO = self.constant_TO[piece.task_A][:, : piece.logits.shape[-1]]

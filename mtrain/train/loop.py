@@ -43,7 +43,7 @@ DEFAULT_EPOCHS = 30.0
 
 def build_bank(tasks: TaskTable, config: Config, in_features: int) -> HeadBank:
     head = config.model.head
-    return HeadBank(
+    bank = HeadBank(
         tasks.names,
         tasks.num_outputs_T.tolist(),
         in_features,
@@ -53,6 +53,13 @@ def build_bank(tasks: TaskTable, config: Config, in_features: int) -> HeadBank:
         keys=[task.kind.group_key for task in tasks],
         seed=config.train.seed,
     )
+    if head.toward_shared:
+        with torch.no_grad():
+            for group in bank.groups:
+                largest = int(np.argmax(group.sizes))
+                for stack in group.parameters():
+                    stack.copy_(stack[largest].expand_as(stack).clone())
+    return bank
 
 
 def sampling_probabilities(prepared: Prepared, config: Config) -> NDArray[np.float64] | None:
@@ -184,7 +191,7 @@ class Trainer:
             trunk_optimizer,
             head_optimizer,
             train,
-            config.model.head.toward_shared,
+            config.model.head,
             self.tasks.stats["train_labels"],
         )
         self.optimizers = [o for o in (trunk_optimizer, head_optimizer) if o is not None]
@@ -198,9 +205,7 @@ class Trainer:
         if state is not None:
             vars(self.selection).update(state["selection"])
             self.seconds, self.rows, self.run_id = state["seconds"], state["rows"], state["run_id"]
-        self.run_id = self.tracker.start(
-            self.accelerator, self.run_dir.path, self.config.model_dump(mode="json"), self.run_id
-        )
+        self.run_id = self.tracker.start(self.accelerator, self.run_dir.path, self.config.model_dump(mode="json"), self.run_id)
         try:
             return self._run(state)
         finally:
@@ -449,5 +454,7 @@ def _out_of_memory(config: Config) -> Iterator[None]:
         text = str(error).lower()
         if isinstance(error, torch.OutOfMemoryError | MemoryError) or "not enough memory" in text or "out of memory" in text:
             size = config.train.micro_batch or config.train.global_batch
-            raise UserError(f"out of memory: lower train.micro_batch (now {size} rows at a time) or the model's widths") from None
+            raise UserError(
+                f"out of memory: lower train.micro_batch (now {size} rows at a time) or the model's widths"
+            ) from None
         raise

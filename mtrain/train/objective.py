@@ -1,11 +1,11 @@
 """The objective: from logits and labels to losses per task, and to the gradient at the logits.
 
-    J = 1/N * sum over labels of  weight * w_t * share_t * loss / scale_t        N = labels in the global batch
+J = 1/N * sum over labels of  weight * w_t * share_t * loss / scale_t        N = labels in the global batch
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +19,6 @@ from mtrain.data.batch import Grid, Labels
 from mtrain.model.heads import HeadBank, HeadGroup, Route
 from mtrain.model.kinds import Kind, Params
 from mtrain.tasks import TaskTable
-
 
 PARAMS = ("pos_weight",)  # statistics of the task table that kinds read
 SCALE_FLOOR = 1e-3  # a task whose constant predictor is almost perfect does not get an endless weight
@@ -37,7 +36,7 @@ class Piece:
     group: HeadGroup
     task_A: Tensor
     active_A: Tensor | None
-    params: list[Tensor]
+    params: Sequence[Tensor]
     logits: Tensor
     y: Tensor
     weight: Tensor | None
@@ -59,16 +58,14 @@ def routes(bank: HeadBank, labels: Labels) -> list[Route]:
     return [] if isinstance(labels, Grid) else bank.route(labels.task_P, labels.row_P)
 
 
-def pieces(
-    bank: HeadBank, z_BD: Tensor, labels: Labels, routes: list[Route], keys_B: Tensor | None = None
-) -> Iterator[Piece]:
+def pieces(bank: HeadBank, z_BD: Tensor, labels: Labels, routes: list[Route], keys_B: Tensor | None = None) -> Iterator[Piece]:
     """Run the heads that a batch's labels need: grid kernels for grids, routed kernels for pairs."""
     if isinstance(labels, Grid):
         weight = None if labels.weight_B is None else labels.weight_B[:, None]
         for number, group in enumerate(bank.groups):
             y = labels.y_BT if len(bank.groups) == 1 else labels.y_BT[:, group.task_ids]
-            params = list(group.parameters())
-            yield Piece(number, group, group.task_ids, None, params, group.grid(z_BD, params, keys_B), y, weight, None)
+            stacks = list(group.parameters())
+            yield Piece(number, group, group.task_ids, None, stacks, group.grid(z_BD, stacks, keys_B), y, weight, None)
         return
     for route in routes:
         route = route.to(z_BD.device)
@@ -138,9 +135,7 @@ class Objective:
         return value if present is None else torch.where(present, value, 0)
 
 
-def coefficients(
-    tasks: TaskTable, config: ObjectiveConfig, sampling_T: NDArray[np.float64] | None
-) -> NDArray[np.float64]:
+def coefficients(tasks: TaskTable, config: ObjectiveConfig, sampling_T: NDArray[np.float64] | None) -> NDArray[np.float64]:
     """weight_t * share_t / scale_t of each task, `[T]`; 0 for tasks without training labels."""
     count_T = tasks.stats["train_labels"].astype(np.float64)
     share_T = np.ones(len(tasks))
@@ -155,9 +150,7 @@ def coefficients(
     return np.where(count_T > 0, tasks.weight_T * share_T / scale_T, 0.0)
 
 
-def expected_share(
-    tasks: TaskTable, config: ObjectiveConfig, sampling_T: NDArray[np.float64] | None
-) -> NDArray[np.float64]:
+def expected_share(tasks: TaskTable, config: ObjectiveConfig, sampling_T: NDArray[np.float64] | None) -> NDArray[np.float64]:
     """Expected share `[T]` of each task in the objective: sampling x share x weight, summing to 1."""
     count_T = tasks.stats["train_labels"].astype(np.float64)
     sampled_T = count_T / count_T.sum() if sampling_T is None else sampling_T

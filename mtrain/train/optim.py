@@ -7,6 +7,7 @@ only when its head is active (Loshchilov & Hutter, "Decoupled Weight Decay Regul
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +16,8 @@ import torch
 from torch import Tensor
 
 from mtrain.model.heads import HeadBank
+
+LARGE_HEAD = 1024  # elements; below it a call of the fused kernel for each head costs more on a CPU than passes over all
 
 
 @dataclass(frozen=True)
@@ -85,40 +88,61 @@ class HeadAdamW(torch.optim.Optimizer):
                 self._update(update)
 
     def _update(self, update: HeadUpdate) -> None:
-        options = self.param_groups[update.group]
-        params: list[Tensor] = options["params"]
+        """Three ways to the same numbers: whole stacks by the fused kernel where all heads have one step count; each
+        active head's slice by the fused kernel where heads are so large that a call for each pays; else by rows."""
+        options, active_A = self.param_groups[update.group], update.active_A
         grads = [grad.contiguous() for grad in update.grads]
         if options["max_norm"] is not None:
             grads = clip_per_head(grads, options["max_norm"])
-        for p in params:
+        ids = None if active_A is None else active_A.tolist()
+        weights, fused_grads, means, squares, steps = fused = [list[Tensor]() for _ in range(5)]
+        for p, grad in zip(options["params"], grads, strict=True):
             step_T = self.state[p]["step"]
-            step_T[slice(None) if update.active_A is None else update.active_A] += 1
-        if update.active_A is None and bool((step_T == step_T[0]).all()):  # whole stacks at once
-            stacks, means, squares, steps = map(list, zip(*map(self._stacks, params), strict=True))
-            steps = [step_T[0] for step_T in steps]
-        else:  # each active head by its own slice of the stacks: nothing is gathered or written back
-            stacks, means, squares, steps = [], [], [], []
-            ids = None if update.active_A is None else update.active_A.tolist()
-            for p in params:
-                for chosen, heads in zip((stacks, means, squares, steps), self._views(p), strict=True):
-                    chosen += heads if ids is None else map(heads.__getitem__, ids)
-            grads = [head for grad in grads for head in grad.unbind()]
+            step_T[slice(None) if active_A is None else active_A] += 1
+            if active_A is None and bool((step_T == step_T[0]).all()):
+                stack, mean, square, _ = self._stacks(p)
+                pieces: list[Iterable[Tensor]] = [[stack], [grad], [mean], [square], [step_T[0]]]
+            elif p.device.type == "cpu" and p[0].numel() >= LARGE_HEAD:
+                slices = [views if ids is None else map(views.__getitem__, ids) for views in self._views(p)]
+                pieces = [slices[0], grad.unbind(), *slices[1:]]
+            else:
+                self._update_rows(self._stacks(p), grad, active_A, options)
+                continue
+            for tensors, piece in zip(fused, pieces, strict=True):
+                tensors += piece
+        if weights:
+            beta1, beta2 = options["betas"]
+            torch._fused_adamw_(
+                weights,
+                fused_grads,
+                means,
+                squares,
+                [],
+                steps,
+                lr=options["lr"],
+                beta1=beta1,
+                beta2=beta2,
+                weight_decay=options["weight_decay"],
+                eps=options["eps"],
+                amsgrad=False,
+                maximize=False,
+            )
+
+    def _update_rows(self, stacks: list[Tensor], grad: Tensor, active_A: Tensor | None, options: dict[str, Any]) -> None:
+        if active_A is not None:
+            active_A = active_A.to(grad.device)
+        weight, mean, square, step = stacks if active_A is None else [s.index_select(0, active_A) for s in stacks]
         beta1, beta2 = options["betas"]
-        torch._fused_adamw_(
-            stacks,
-            grads,
-            means,
-            squares,
-            [],
-            steps,
-            lr=options["lr"],
-            beta1=beta1,
-            beta2=beta2,
-            weight_decay=options["weight_decay"],
-            eps=options["eps"],
-            amsgrad=False,
-            maximize=False,
-        )
+        step = step.to(torch.promote_types(grad.dtype, torch.float32)).view(-1, *[1] * (grad.dim() - 1))
+        correction1, correction2 = (-torch.expm1(step * math.log(max(beta, 1e-300))) for beta in (beta1, beta2))
+        weight.mul_(1 - options["lr"] * options["weight_decay"])
+        mean.lerp_(grad, 1 - beta1)
+        square.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
+        denominator = square.sqrt().div_(correction2.sqrt()).add_(options["eps"])
+        weight.sub_(torch.div(mean, denominator, out=denominator).mul_(options["lr"] / correction1))
+        if active_A is not None:
+            for stack, rows in zip(stacks, (weight, mean, square), strict=False):
+                stack.index_copy_(0, active_A, rows)
 
 
 def clip_per_head(grads: Sequence[Tensor], max_norm: float) -> list[Tensor]:

@@ -13,7 +13,7 @@ from accelerate import Accelerator
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from mtrain.config import TrainConfig
+from mtrain.config import HeadConfig, TrainConfig
 from mtrain.data.batch import Batch
 from mtrain.model.dropout import row_keys
 from mtrain.model.heads import HeadBank
@@ -57,7 +57,7 @@ class Stepper:
     Args:
         model: the shared network as `accelerator.prepare` returned it; `model(x_BF, keys_B)` gives `z_BD`.
         trunk_optimizer, head_optimizer: None where that part is frozen or has no parameters.
-        toward_shared: pull of heads towards their group's mean, in rows.
+        head: the pull of heads towards their group's mean.
         train_labels_T: training labels of each task, for that pull.
     """
 
@@ -71,7 +71,7 @@ class Stepper:
         trunk_optimizer: torch.optim.Optimizer | None,
         head_optimizer: HeadAdamW | None,
         config: TrainConfig,
-        toward_shared: float,
+        head: HeadConfig,
         train_labels_T: NDArray[np.int64],
     ):
         self.accelerator, self.model, self.bank, self.objective = accelerator, model, bank, objective
@@ -81,8 +81,11 @@ class Stepper:
         self.scale = LossScale() if accelerator.mixed_precision == "fp16" else None
         self.weight_T = torch.ones_like(objective.coefficient_T)
         self.window_loss_T = torch.full_like(self.weight_T, torch.nan)
-        self.pull_T = toward_shared / torch.tensor(train_labels_T, device=self.weight_T.device).clamp(min=1).float()
-        self.mean_heads = [[p.detach().mean(0) for p in g.parameters()] for g in bank.groups] if toward_shared else None
+        self.label_T = torch.tensor(train_labels_T, device=self.weight_T.device).clamp(min=1).float()
+        bias = head.toward_shared if head.toward_shared_bias is None else head.toward_shared_bias
+        self.pulls = {3: head.toward_shared, 2: bias}  # by the dimensions of a stack: weights, biases
+        pulled = head.toward_shared or bias
+        self.mean_heads = [[p.detach().mean(0) for p in g.parameters()] for g in bank.groups] if pulled else None
         self.bad_steps = 0
 
     def state_dict(self) -> dict[str, Any]:
@@ -114,9 +117,7 @@ class Stepper:
         if not single:  # the window's weights come from the statistics of the window before
             self._balance()
         window = Totals(len(self.weight_T), self.weight_T.device)
-        updates: list[list[HeadUpdate]] = []
-        for micro in micro_batches:
-            updates.append(self._micro(micro, step, num_labels, window, rebalance=single))
+        updates = [self._micro(micro, step, num_labels, window, rebalance=single) for micro in micro_batches]
         self.window_loss_T = window.loss_T / window.weight_T
         self._apply(updates, totals)
         for name in ("loss", "loss_T", "weight_T", "bad_T"):
@@ -190,12 +191,12 @@ class Stepper:
         if self.mean_heads is None:
             return
         labels_A = piece.sum(torch.ones_like(piece.y) if piece.slot_P is not None else (~piece.y.isnan()).float())
-        strength_A = 2 * coefficient_T[piece.task_A] * self.pull_T[piece.task_A] * labels_A
+        strength_A = 2 * coefficient_T[piece.task_A] * labels_A / self.label_T[piece.task_A]
         if self.scale is not None:
             strength_A = strength_A * self.scale.value
         for grad, param, mean in zip(grads, piece.params, self.mean_heads[piece.number], strict=True):
-            shape = (-1, *[1] * (param.dim() - 1))
-            grad += strength_A.view(shape) * (param.detach() - mean)
+            strength = strength_A.view(-1, *[1] * (param.dim() - 1)) * self.pulls[param.dim()]
+            grad += strength * (param.detach() - mean)
 
     def _apply(self, updates: Sequence[Sequence[HeadUpdate]], totals: Totals) -> None:
         """Step both optimizers, or neither where the trunk's gradient is not finite."""
@@ -255,11 +256,11 @@ def _merged(updates: Sequence[Sequence[HeadUpdate]]) -> list[HeadUpdate]:
     merged = []
     for group, parts in by_group.items():
         if all(part.active_A is None for part in parts):
-            merged.append(HeadUpdate(group, [sum(grads[1:], grads[0]) for grads in zip(*(p.grads for p in parts), strict=True)]))
+            merged.append(
+                HeadUpdate(group, [sum(grads[1:], grads[0]) for grads in zip(*(p.grads for p in parts), strict=True)])
+            )
             continue
-        ids = [
-            torch.arange(len(p.grads[0]), device=p.grads[0].device) if p.active_A is None else p.active_A for p in parts
-        ]
+        ids = [torch.arange(len(p.grads[0]), device=p.grads[0].device) if p.active_A is None else p.active_A for p in parts]
         active_A, slot = torch.unique(torch.cat(ids), return_inverse=True)
         merged.append(
             HeadUpdate(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import uuid
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -52,7 +53,7 @@ class Wandb:
     def start(self, accelerator: Accelerator, run_dir: Path, config: dict[str, Any], run_id: str | None) -> str | None:
         import wandb
 
-        run_id = run_id or wandb.util.generate_id()
+        run_id = run_id or uuid.uuid4().hex[:8]
         options = {
             "mode": self.mode or os.environ.get("WANDB_MODE", "offline"),
             "dir": str(run_dir),

@@ -43,13 +43,15 @@ def test_the_drop_rate_is_p_and_units_and_rows_are_uncorrelated(name, p):
     for x in (centred, centred.T):
         among, samples = x.shape[1], x.shape[0]
         correlation = (x.T @ x / samples)[~torch.eye(among, dtype=torch.bool)] * samples**0.5  # about N(0, 1)
-        assert abs(correlation.square().mean() - 1) < 0.05
+        assert abs(correlation.square().mean() - 1) < 0.02 + 6 / min(rows, units)
         assert correlation.abs().max() < (7 if p == 0.5 else 15)
 
 
 def test_masks_of_steps_seeds_and_layers_are_unrelated():
     rows = torch.arange(2000)
-    variants = [masks(0.5, row_keys(s, k, rows), layer=layer) for s, k, layer in [(0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1)]]
+    variants = [
+        masks(0.5, row_keys(s, k, rows), layer=layer) for s, k, layer in [(0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1)]
+    ]
     for i, a in enumerate(variants):
         for b in variants[:i]:
             assert abs((a == b).double().mean() - 0.5) < 5 * 0.5 / a.numel() ** 0.5

@@ -192,7 +192,7 @@ def test_a_head_starts_the_same_whatever_the_order_the_groups_and_the_other_task
 @given(st.lists(st.integers(1, 2000), min_size=1, max_size=60))
 def test_groups_hold_every_task_once_waste_at_most_30_percent_and_are_few(sizes):
     groups = group_by_size(sizes)
-    assert sorted(sum(groups, [])) == list(range(len(sizes)))
+    assert sorted(i for group in groups for i in group) == list(range(len(sizes)))
     assert len(groups) <= 1 + math.log(max(sizes)) / math.log(1 / 0.7)
     for group in groups:
         assert group == sorted(group)

@@ -17,9 +17,7 @@ from mtrain.model.metrics import METRICS, Scored, ScoreOptions
 RNG = np.random.default_rng(7)
 NUM_TASKS = 40
 EVERY_METRIC = [
-    pytest.param(metric, id=f"{metric.family}-{metric.name}")
-    for family in METRICS.values()
-    for metric in family.values()
+    pytest.param(metric, id=f"{metric.family}-{metric.name}") for family in METRICS.values() for metric in family.values()
 ]
 
 
@@ -323,9 +321,7 @@ def test_renumbering_tasks_renumbers_their_values(metric: m.Metric) -> None:
 @pytest.mark.parametrize("metric", EVERY_METRIC)
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 @pytest.mark.filterwarnings("error")
-def test_a_prediction_that_is_not_finite_takes_the_value_of_its_task_and_the_pooled_one(
-    metric: m.Metric, bad: float
-) -> None:
+def test_a_prediction_that_is_not_finite_takes_the_value_of_its_task_and_the_pooled_one(metric: m.Metric, bad: float) -> None:
     scored, options = MAKE[metric.family](), ScoreOptions()
     task = np.argmax(np.bincount(scored.task_P))
     pred = scored.pred.copy()
@@ -391,9 +387,7 @@ def test_construction_leaves_the_callers_arrays_as_they_are() -> None:
 
 
 @pytest.mark.parametrize(("higher_is_better", "worst"), [(True, (0 + 1) / 2), (False, (24 + 23) / 2)])
-def test_the_summary_is_over_scored_tasks_and_its_worst_tenth_is_the_bad_end(
-    higher_is_better: bool, worst: float
-) -> None:
+def test_the_summary_is_over_scored_tasks_and_its_worst_tenth_is_the_bad_end(higher_is_better: bool, worst: float) -> None:
     value_T = np.append(RNG.permutation(np.arange(25.0)), [np.nan, np.nan])
     assert m.summarize(value_T, 7.0, higher_is_better) == {
         "mean": 12.0, "median": 12.0, "worst_decile": worst, "pooled": 7.0, "scored": 25

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from mtrain.model.heads import HeadBank
+from mtrain.train import optim
 from mtrain.train.optim import HeadAdamW, HeadUpdate
 
 OUTPUTS = [1, 3, 2, 10, 1, 9, 10, 3]
@@ -33,6 +34,12 @@ def step_routed(bank, optimizer, z, task_B, target_B):
     for route, stacks in params:
         updates.append(HeadUpdate(route.group, torch.autograd.grad(loss, stacks, retain_graph=True), route.active_A))
     optimizer.step(updates)
+
+
+@pytest.fixture(params=[1, 1024], ids=["fused slices", "rows"], autouse=True)
+def large_head(request, monkeypatch):
+    """Every test runs with each head's slice given to the fused kernel, and with all heads updated by rows."""
+    monkeypatch.setattr(optim, "LARGE_HEAD", request.param)
 
 
 @pytest.mark.parametrize("max_norm", [None, 0.5])
