@@ -29,14 +29,20 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     sys.exit(0)
 
 
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line, like every other mistake."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; see {self.prog} --help")
+
+
 def _run(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(prog="mtrain", description="Train models with 100 to 10,000 tasks.")
+    parser = _Parser(prog="mtrain", description="Train models with 100 to 10,000 tasks.", allow_abbrev=False)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     def command(name: str, text: str, **options: Any) -> argparse.ArgumentParser:
-        return commands.add_parser(
-            name, help=text, description=text, formatter_class=argparse.RawDescriptionHelpFormatter, **options
-        )
+        form = argparse.RawDescriptionHelpFormatter
+        return commands.add_parser(name, help=text, description=text, formatter_class=form, allow_abbrev=False, **options)
 
     overrides = "Any key of the config can follow, as --section.key value:\n\n" + _key_help()
     train = command("train", "Train a config, or continue its run.", epilog=overrides)

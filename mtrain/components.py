@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -39,10 +40,13 @@ def build(spec: Spec, known: Mapping[str, Callable[..., Any]], where: str, **giv
         given: arguments that mtrain supplies where the signature has them.
 
     Raises:
-        UserError: the name is unknown, or an option is unknown, missing or of the wrong type.
+        UserError: the name is unknown, an option is unknown, missing or of the wrong type, or the class refuses it.
     """
     cls = find(spec.class_path, known, where)
-    parameters = inspect.signature(cls).parameters
+    try:
+        parameters = inspect.signature(cls, eval_str=True).parameters
+    except (TypeError, ValueError, NameError) as error:
+        raise UserError(f"{where}: '{spec.class_path}' is not a class with options ({error})") from None
     takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
     supplied = {k: v for k, v in given.items() if k in parameters}
     fields: dict[str, Any] = {
@@ -50,20 +54,26 @@ def build(spec: Spec, known: Mapping[str, Callable[..., Any]], where: str, **giv
             Any if p.annotation is p.empty else p.annotation,
             ... if p.default is p.empty else p.default,
         )
-        for name, p in inspect.signature(cls, eval_str=True).parameters.items()
+        for name, p in parameters.items()
         if name not in supplied and p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)
     }
-    options = create_model(
-        "Options",
-        __config__=ConfigDict(extra="allow" if takes_any else "forbid", arbitrary_types_allowed=True),
-        **fields,
-    )
+    with warnings.catch_warnings(action="ignore", category=UserWarning):  # an option may be called `copy` or `json`
+        options = create_model(
+            "Options",
+            __config__=ConfigDict(extra="allow" if takes_any else "forbid", arbitrary_types_allowed=True),
+            **fields,
+        )
     try:
         checked = options.model_validate(spec.init_args)
     except ValidationError as error:
         raise UserError(first_problem(error, f"{where}.init_args", fields)) from None
     values = {name: getattr(checked, name) for name in fields} | (checked.model_extra or {})
-    return cls(**supplied, **values)
+    try:
+        return cls(**supplied, **values)
+    except UserError:
+        raise
+    except Exception as error:  # the user's own class may raise anything
+        raise UserError(f"{where}: '{spec.class_path}' fails with {values}: {type(error).__name__}: {error}") from error
 
 
 def find(name: str, known: Mapping[str, Callable[..., Any]], where: str) -> Callable[..., Any]:
@@ -75,20 +85,41 @@ def find(name: str, known: Mapping[str, Callable[..., Any]], where: str) -> Call
         raise UserError(f"{where}: '{name}' is unknown{nearest(name, known)}; your own class needs its import path")
     try:
         return getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError) as error:
-        raise UserError(f"{where}: cannot import '{name}' ({error})") from None
+    except Exception as error:  # importing runs the user's own module
+        raise UserError(f"{where}: cannot import '{name}' ({type(error).__name__}: {error})") from error
+
+
+def worst(error: ValidationError) -> Any:
+    """The problem to name: an unknown option, which often explains a missing one, else the first."""
+    problems = error.errors()
+    return next((problem for problem in problems if problem["type"] == "extra_forbidden"), problems[0])
 
 
 def first_problem(error: ValidationError, where: str, known: Mapping[str, Any]) -> str:
     """One line for the first thing that pydantic found wrong; `known` are the names allowed at the top."""
-    problem = error.errors()[0]
-    path = [str(part) for part in problem["loc"]]
+    problem = worst(error)
+    path = _keys(problem)
     key = ".".join([where, *path] if where else path)
     if problem["type"] == "extra_forbidden":
         return f"{key}: unknown option{nearest(path[-1], known)}"
     if problem["type"] == "missing":
         return f"{key}: is missing"
-    message = problem["msg"].removeprefix("Value error, ")
-    if isinstance(problem["input"], dict):  # a check over several keys: its message names them
-        return message
+    if problem["type"] == "value_error" and isinstance(problem["input"], dict):  # over several keys: it names them
+        return problem["msg"].removeprefix("Value error, ")
+    messages = [_TYPES.get(p["type"], p["msg"]) for p in error.errors() if _keys(p) == path]
+    message = " or ".join(dict.fromkeys(messages)).removeprefix("Value error, ").replace(" or expected", " or")
     return f"{key}: found {problem['input']!r}; {message[:1].lower()}{message[1:]}"
+
+
+_TYPES = {
+    "model_type": "expected a section of keys and values",
+    "string_type": "expected text",
+    "list_type": "expected a list",
+    "dict_type": "expected a section of keys and values",
+}
+
+
+def _keys(problem: Any) -> list[str]:
+    """Where a problem is, without the names of types that pydantic adds in a union."""
+    parts = [str(part) for part in problem["loc"]]
+    return [p for i, p in enumerate(parts) if not (i and (p in ("str", "int", "float") or p.startswith(("list[", "dict["))))]

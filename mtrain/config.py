@@ -5,19 +5,35 @@ from __future__ import annotations
 import difflib
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    AllowInfNan,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
-from mtrain.components import Spec, first_problem
+from mtrain.components import Spec, first_problem, worst
 from mtrain.errors import UserError, nearest
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_bool_as_number(cls, value: Any, info: ValidationInfo) -> Any:
+        if isinstance(value, bool) and cls.model_fields[str(info.field_name)].annotation is not bool:
+            raise ValueError("expected another type than true or false")
+        return value
 
 
 class DataConfig(Section):
@@ -47,12 +63,27 @@ class DataConfig(Section):
     """routed, pairs: the column with the label."""
     weight: str | None = None
     """Column of sample weights."""
-    missing_labels: list[float | str] = Field(default_factory=list)
-    """Label values that mean 'missing', beside NaN, null and empty text."""
+    missing_labels: list[Annotated[float, AllowInfNan()] | str] = Field(default_factory=list)
+    """Label values that mean 'missing', beside NaN, null and empty text (in CSV also NA, N/A, None, null and nan)."""
     max_invalid: float = Field(0.05, ge=0, le=1)
     """Largest share of rows that `on_invalid: skip` may leave out."""
     workers: int = Field(default_factory=lambda: os.cpu_count() or 1, ge=1)
     """Processes that compute cached features."""
+
+    @field_validator("path")
+    @classmethod
+    def _some_path(cls, value: Any) -> Any:
+        for path in value.values() if isinstance(value, dict) else [value]:
+            if not path or (isinstance(path, list) and not all(path)):
+                raise ValueError("expected a file, folder, glob or hub id")
+        if not value:
+            raise ValueError("expected files by split name, such as {train: a.csv, test: b.csv}")
+        return value
+
+    @field_validator("missing_labels", mode="before")
+    @classmethod
+    def _one_value(cls, value: Any) -> Any:
+        return value if isinstance(value, list) else [value]
 
 
 class Selection(Section):
@@ -102,19 +133,44 @@ class SplitConfig(Section):
     """kfold: the fold that is the test part; the next one validates."""
     balanced: bool = False
     """scaffold: groups in random order in place of the largest first."""
-    seeds: list[int] = Field(default_factory=lambda: [0], min_length=1)
+    seeds: list[Annotated[int, Field(ge=0)]] = Field(default_factory=lambda: [0], min_length=1)
     """One run a seed; several report mean and standard deviation."""
     refit: bool = False
     """After selection train again on train + valid for the selected time, before the test part is scored."""
+
+    @field_validator("parts", mode="before")
+    @classmethod
+    def _values_as_text(cls, value: Any) -> Any:
+        """Values of a column are text: `[0, 1]` are '0' and '1', a bare true is 'true'; a bare number is a share."""
+        if not isinstance(value, dict):
+            return value
+
+        def spell(one: Any, in_list: bool) -> Any:
+            if isinstance(one, list):
+                return [spell(each, True) for each in one]
+            if isinstance(one, bool):
+                return str(one).lower()
+            return str(one) if in_list and isinstance(one, int | float) else one
+
+        return {name: spell(given, False) for name, given in value.items()}
+
+    @field_validator("seeds")
+    @classmethod
+    def _different(cls, value: list[int]) -> list[int]:
+        if len(set(value)) < len(value):
+            raise ValueError("expected different seeds")
+        return value
 
 
 class HeadConfig(Section):
     """The task's own layers."""
 
-    hidden: list[int] = Field(default_factory=list)
+    hidden: list[Annotated[int, Field(ge=1)]] = Field(default_factory=list)
     """Widths of hidden layers; none: a linear head."""
     activation: Literal["relu", "elu", "gelu", "silu", "tanh"] = "relu"
     dropout: float = Field(0.0, ge=0, lt=1)
+    bias: Literal["random", "constant"] = "random"
+    """Start of the last layer's bias: as nn.Linear, or the logits of the best constant predictor (rare labels)."""
     toward_shared: float = Field(0.0, ge=0)
     """Pull of a head's weights towards the mean of its group's heads, in rows: as strong as that many rows of its task.
     Heads then start equal."""
@@ -162,6 +218,8 @@ class TrainConfig(Section):
     """Rows of one forward pass of one process; smaller than the global batch: gradients accumulate."""
     lr: float = Field(1e-3, gt=0)
     """Learning rate of the trunk."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """AdamW's decay rates of the moments."""
     head_lr: float | None = Field(None, gt=0)
     """Learning rate of the heads; default `lr`."""
     weight_decay: float = Field(0.01, ge=0)
@@ -180,7 +238,7 @@ class TrainConfig(Section):
     """Mixed precision; default: what `accelerate launch` says."""
     compile: bool = False
     """torch.compile the trunk."""
-    seed: int = 0
+    seed: int = Field(0, ge=0)
     """Seed of initialisation, order and dropout; the split has its own."""
     eval_every: float = Field(1.0, gt=0)
     """Epochs between evaluations on the validation part."""
@@ -208,6 +266,8 @@ class SelectConfig(Section):
     reduce: Literal["mean", "median", "worst_decile", "pooled"] = "median"
     min_per_class: int = Field(1, ge=1)
     """Fewest positives and negatives of a task in a part for its ranking metrics to be scored."""
+    checkpoint: Literal["best", "last"] = "best"
+    """best: of the best evaluation; last: of the last step, for a learning rate that decays to 0."""
     patience: int | None = Field(None, ge=1)
     """Evaluations without improvement before training stops; default: never."""
 
@@ -249,12 +309,19 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _layout(self) -> Config:
-        if self.data.layout != "grid":
-            for field in ("task", "label"):
-                if getattr(self.data, field) is None:
-                    raise ValueError(f"data.{field} is missing: layout {self.data.layout} needs the column's name")
-        if self.data.layout == "pairs" and self.data.key is None:
+        layout = self.data.layout
+        for field in ("task", "label"):
+            given = getattr(self.data, field) is not None
+            if layout == "grid" and given:
+                raise ValueError(f"data.{field} is for layouts routed and pairs; grid has its label columns in tasks.labels")
+            if layout != "grid" and not given:
+                raise ValueError(f"data.{field} is missing: layout {layout} needs the column's name")
+        if layout == "pairs" and self.data.key is None:
             raise ValueError("data.key is missing: layout pairs needs the column that says which input row is meant")
+        if layout != "routed" and self.sampler.class_path != "Proportional":
+            raise ValueError(
+                f"sampler is for layout routed, where rows are drawn by task; layout is {layout}: leave sampler out"
+            )
         return self
 
 
@@ -269,26 +336,32 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
         UserError: the file is missing or not YAML, a key is unknown (the nearest is named), a value is of a wrong type.
     """
     try:
-        tree = yaml.load(path.read_text(), Loader=_Loader)
-    except FileNotFoundError:
-        raise UserError(f"config {path}: no such file") from None
-    except IsADirectoryError:
-        raise UserError(f"config {path}: is a folder, expected a YAML file") from None
+        tree = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
+    except OSError as error:
+        raise UserError(f"config {path}: {error.strerror}, expected a YAML file") from None
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        raise UserError(f"config {path}, line {mark.line + 1 if mark else 1}: not valid YAML: {error.problem}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"config {path}: not valid YAML: {error}") from None
+        raise UserError(f"config {path}: not a YAML text file: {error}") from None
     if not isinstance(tree, dict):
-        raise UserError(f"config {path}: expected keys such as data, tasks, model; found {type(tree).__name__}")
-    for key, value in _overrides(overrides):
+        found = "nothing" if tree is None else f"a {type(tree).__name__}"
+        raise UserError(f"config {path}: found {found}, expected keys such as data, tasks, model")
+    given = dict(_overrides(overrides))
+    for key, value in given.items():
         _put(tree, key, value)
-    return check_config(tree, str(path))
+    return check_config(tree, str(path), given)
 
 
-def check_config(tree: dict[str, Any], source: str) -> Config:
-    """A tree of plain values as a checked Config; `source` begins the message of an error."""
+def check_config(tree: dict[str, Any], source: str, overridden: Iterable[str] = ()) -> Config:
+    """A tree of plain values as a checked Config; `source`, or the overridden key, begins the message of an error."""
     try:
         return Config.model_validate(tree)
     except ValidationError as error:
-        loc = [str(part) for part in error.errors()[0]["loc"]]
+        loc = [str(part) for part in worst(error)["loc"]]
+        at = ".".join(loc)
+        if any(f"{at}.".startswith(f"{key}.") for key in overridden):
+            source = "command line"
         raise UserError(f"{source}: {first_problem(error, '', _fields_beside(loc))}") from None
 
 
@@ -327,7 +400,15 @@ def _short(value: Any) -> str:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.2's floats: `1e-3` is a number, not text."""
+    """YAML 1.2's floats: `1e-3` is a number, not text. A key that occurs twice is an error."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[Any] = set()
+        for key, _ in node.value:
+            if key.tag != "tag:yaml.org,2002:merge" and key.value in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"'{key.value}' occurs twice", key.start_mark)
+            seen.add(key.value if isinstance(key.value, str) else id(key))
+        return super().construct_mapping(node, deep)
 
 
 _Loader.add_implicit_resolver(
@@ -341,11 +422,11 @@ def _overrides(words: Sequence[str]) -> Iterator[tuple[str, Any]]:
     remaining = list(words)
     while remaining:
         word = remaining.pop(0)
-        if not word.startswith("--"):
+        if not word.startswith("--") or word[2:].startswith(("-", "=")) or word == "--":
             raise UserError(f"'{word}': expected an override such as --train.epochs 10")
         key, equals, text = word[2:].partition("=")
         if not equals:
-            if not remaining:
+            if not remaining or remaining[0].startswith("--"):
                 raise UserError(f"--{key}: a value is missing")
             text = remaining.pop(0)
         try:

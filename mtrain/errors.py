@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from fnmatch import fnmatchcase
 
 
 class UserError(Exception):
@@ -11,6 +12,11 @@ class UserError(Exception):
 
     def __init__(self, message: str):
         super().__init__(" ".join(message.split()))
+
+
+def matches(name: str, pattern: str) -> bool:
+    """Whether a name is, or matches, a pattern of the config: `assay [uM]` is itself, though [uM] is also a glob."""
+    return name == pattern or fnmatchcase(name, pattern)
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import glob
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.csv as pacsv
 import pyarrow.parquet as pq
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from accelerate.utils import GradScalerKwargs
 from numpy.typing import NDArray
 from rich.console import Console
 
 from mtrain.components import Spec, build
-from mtrain.config import Config
+from mtrain.config import Config, DataConfig
 from mtrain.data import FEATURES
 from mtrain.data.features import Feature, encode_column
 from mtrain.data.prepare import Prepared, prepare, read_source
@@ -40,9 +46,13 @@ def make_accelerator(config: Config) -> Accelerator:
     Raises:
         UserError: a precision that the device does not have, or several processes.
     """
+    log_with = "wandb" if config.tracker.class_path.rpartition(".")[2].lower() == "wandb" else None
+    AcceleratorState._reset_state()  # a notebook may train another precision than before
+    unscaled = GradScalerKwargs(enabled=False)  # the stepper has a loss scale of its own, for trunk and heads
     try:
-        log_with = "wandb" if config.tracker.class_path.lower() == "wandb" else None
-        accelerator = Accelerator(mixed_precision=config.train.precision, log_with=log_with)
+        accelerator = Accelerator(mixed_precision=config.train.precision, log_with=log_with, kwargs_handlers=[unscaled])
+        if accelerator.mixed_precision == "fp16" and not accelerator.native_amp:
+            raise ValueError("fp16 needs an accelerator, bf16 also runs on a CPU")
     except (ValueError, RuntimeError) as error:
         raise UserError(f"train.precision {config.train.precision}: not on this device: {error}") from None
     if accelerator.num_processes > 1:
@@ -56,25 +66,31 @@ def make_accelerator(config: Config) -> Accelerator:
 def train(config: Config, beside: Path, run_path: Path, console: Console) -> dict[str, Any]:
     """Train a config, once for each split seed; continues what the run directory holds. Returns the summary."""
     source = read_source(config, beside)
-    resolved = config.model_copy(update={"inputs": source.input_specs()})
+    resolved = config.model_copy(update={"inputs": source.input_specs(), "data": _located(config.data, beside)})
     run = RunDir(run_path, config.train.keep_checkpoints)
     accelerator = make_accelerator(config)
     seeds = config.split.seeds
-    first: Prepared | None = prepare(source, seeds[0])  # what is wrong is said before anything is written
+
+    def trainer(seed: int) -> Trainer:
+        tracker = build(config.tracker, TRACKERS, "tracker")
+        with _out_of_memory(config):
+            return Trainer(prepare(source, seed), config, run, accelerator, tracker, console)
+
+    first: Trainer | None = trainer(seeds[0])  # what is wrong is said before anything is written
     assert first is not None
     run.start(resolved)
-    tables.print_notes(first.notes, console)
+    tables.print_notes(first.prepared.notes, console)
     summaries = []
     for i, (seed, one) in enumerate(zip(seeds, run.splits(), strict=True)):
         if len(seeds) > 1:
             console.print(f"split seed {seed} ({i + 1} of {len(seeds)})", highlight=False)
             split = config.split.model_copy(update={"seeds": [seed]})
             one.start(resolved.model_copy(update={"split": split}))
-        data, first = first or prepare(source, seed), None
-        _save_inputs(one, data)
-        tracker = build(config.tracker, TRACKERS, "tracker")
-        summaries.append(Trainer(data, config, one, accelerator, tracker, console).run())
-        accelerator.free_memory()
+        current, first = first or trainer(seed), None
+        current.run_dir = one
+        _save_inputs(one, current.prepared)
+        with _out_of_memory(config):
+            summaries.append(current.run())
     summary = summaries[0] if len(seeds) == 1 else average_summaries(summaries)
     if len(seeds) > 1:
         run.save_json("summary.json", summary)
@@ -83,20 +99,20 @@ def train(config: Config, beside: Path, run_path: Path, console: Console) -> dic
 
 
 def evaluate(path: Path, console: Console) -> None:
-    """Score the validation and test parts of a run again, from its data and its checkpoint."""
+    """Score the validation and test parts of a run again, from its data and its checkpoints."""
     run = RunDir(path)
     config = run.config()
     source = read_source(config)
     summaries = []
     for seed, one in zip(config.split.seeds, run.splits(), strict=True):
-        model = load_model(one)
         data = prepare(source, seed)
         if data.split_hash != one.load_json("summary.json")["split_hash"]:
             raise UserError(f"run {one.path}: the data give another split than in training; has the table changed?")
         summary: dict[str, Any] = {}
         threshold_T = None
         for part in ("valid", "test"):
-            if part in data.parts:
+            if part in data.parts:  # a refitted model has seen the valid part: the selected one is scored there
+                model = load_model(one, refitted=part == "test")
                 scores = model.evaluator.score(
                     data.x_NF, data.parts[part], threshold_T=threshold_T, choose_threshold=part == "valid"
                 )
@@ -117,19 +133,19 @@ def predict(path: Path, data_path: str, output: Path, console: Console) -> None:
     run = RunDir(path)
     config = run.config()
     models = [load_model(one) for one in run.splits()]
-    data = open_table(config.data.model_copy(update={"path": data_path, "format": None}))
+    where: dict[str, Any] = {"path": data_path, "format": None}
+    if Path(data_path).exists():  # before one under data.root
+        where |= {"path": str(Path(data_path).resolve()), "name": None, "source_split": None}
+    data = open_table(config.data.model_copy(update=where))
     columns: dict[str, Any] = {}
     key = config.data.key
     if key is not None and key in data.column_names:
         columns[key] = to_arrow(data, [key])[key]
-    valid_N = np.ones(len(data), dtype=bool)
+    encoded = [encode_column(data, names, feature, config.data.workers) for names, feature in models[0].features]
+    valid_N = np.logical_and.reduce([one.valid for one in encoded])
     sums: dict[int, NDArray[np.float64]] = {}
-    for model in models:
-        blocks = []
-        for names, feature in model.features:
-            encoded = encode_column(data, names, feature, config.data.workers)
-            valid_N &= encoded.valid
-            blocks.append(feature.transform(encoded.values))
+    for model in models:  # split seeds differ in what features learnt from training rows, not in how they are encoded
+        blocks = [feature.transform(one.values) for (_, feature), one in zip(model.features, encoded, strict=True)]
         x_NF = torch.from_numpy(np.concatenate(blocks, axis=1, dtype=np.float32))
         for task_A, value_NAO in model.evaluator.predict(x_NF):
             for a, t in enumerate(task_A.tolist()):
@@ -180,8 +196,8 @@ class LoadedModel:
     evaluator: Evaluator
 
 
-def load_model(run: RunDir) -> LoadedModel:
-    """The model that a run (of one split) selected.
+def load_model(run: RunDir, refitted: bool = True) -> LoadedModel:
+    """The model that a run (of one split) selected; `refitted`: trained again on train + valid, where the run did that.
 
     Raises:
         UserError: the directory is not a finished run.
@@ -193,8 +209,8 @@ def load_model(run: RunDir) -> LoadedModel:
         feature.load_state_dict(item["state"])
         features.append((item["columns"], feature))
     shared = build_shared(config.model, sum(feature.width for _, feature in features), config.train.seed).eval()
-    bank = build_bank(tasks, config, shared.out_features).eval()
-    state = run.checkpoints.model()
+    bank = build_bank(tasks, config, shared).eval()
+    state = run.checkpoints.model() if refitted else run.checkpoints.best()
     shared.load_state_dict(state["shared"])
     bank.load_state_dict(state["bank"])
     device = torch.device("cpu")
@@ -225,13 +241,43 @@ def _save_inputs(run: RunDir, data: Prepared) -> None:
 
 def _own_prediction(task_N: pa.ChunkedArray, tasks: TaskTable, sums: dict[int, NDArray[np.float64]]) -> pa.Array:
     """Each row's prediction for its own task; null for a task that the model does not know, and for classes."""
-    names = task_N.cast(pa.string()).to_numpy()
-    out = np.full(len(names), np.nan)
+    own_N = pc.fill_null(pc.index_in(task_N.cast(pa.string()), pa.array(tasks.names)), -1).to_numpy()
+    order = np.argsort(own_N, kind="stable")
+    first_T = np.searchsorted(own_N[order], np.arange(len(tasks) + 1))
+    out = np.full(len(own_N), np.nan)
     for t, task in enumerate(tasks):
-        rows = np.flatnonzero(names == task.name)
+        rows = order[first_T[t] : first_T[t + 1]]
         if len(rows) and not task.kind.has_classes:
             out[rows] = task.kind.point(torch.from_numpy(sums[t][rows])).numpy()
     return pa.array(out, mask=np.isnan(out))
+
+
+def _located(data: DataConfig, beside: Path) -> DataConfig:
+    """With the folder in which the data were found as root, so that other commands find them from anywhere.
+
+    What was found under $MTRAIN_DATA stays without a root: the folder of the data may move.
+    """
+    paths = data.path if isinstance(data.path, list | str) else next(iter(data.path.values()))
+    path = paths if isinstance(paths, str) else paths[0]
+    moving = None if data.root else os.environ.get("MTRAIN_DATA")
+    for folder in (data.root or moving, ".", beside):
+        if folder is not None and glob.glob(str(Path(folder) / path)):
+            return data if folder == moving else data.model_copy(update={"root": str(Path(folder).resolve())})
+    return data
+
+
+@contextmanager
+def _out_of_memory(config: Config) -> Iterator[None]:
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        text = str(error).lower()
+        if isinstance(error, torch.OutOfMemoryError | MemoryError) or "allocate memory" in text or "out of memory" in text:
+            size = config.train.micro_batch or config.train.global_batch
+            raise UserError(
+                f"out of memory: lower train.micro_batch (now {size} rows at a time) or the model's widths"
+            ) from None
+        raise
 
 
 def _write(table: pa.Table, path: Path) -> None:

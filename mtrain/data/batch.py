@@ -29,7 +29,8 @@ class Grid:
     def pairs(self) -> Pairs:
         """The labels that are there, one entry each."""
         row_P, task_P = (~self.y_BT.isnan()).nonzero(as_tuple=True)
-        return Pairs.of(row_P, task_P, self.y_BT[row_P, task_P], self.weight_B, *self.y_BT.shape)
+        weight_P = None if self.weight_B is None else self.weight_B[row_P]
+        return Pairs.of(row_P, task_P, self.y_BT[row_P, task_P], weight_P, *self.y_BT.shape)
 
     def to(self, device: torch.device) -> Grid:
         return _to(self, device)
@@ -47,14 +48,15 @@ class Pairs:
     y_P: Tensor
     start_R: Tensor
     num_tasks: int
-    weight_B: Tensor | None = None
+    weight_P: Tensor | None = None
 
     @staticmethod
-    def of(row_P: Tensor, task_P: Tensor, y_P: Tensor, weight_B: Tensor | None, num_rows: int, num_tasks: int) -> Pairs:
+    def of(row_P: Tensor, task_P: Tensor, y_P: Tensor, weight_P: Tensor | None, num_rows: int, num_tasks: int) -> Pairs:
         order = row_P.argsort(stable=True)
         row_P = row_P[order]
         start_R = torch.searchsorted(row_P, torch.arange(num_rows + 1))
-        return Pairs(row_P, task_P[order], y_P[order], start_R, num_tasks, weight_B)
+        weight_P = None if weight_P is None else weight_P[order]
+        return Pairs(row_P, task_P[order], y_P[order], start_R, num_tasks, weight_P)
 
     @property
     def num_rows(self) -> int:
@@ -75,17 +77,21 @@ class Pairs:
             self.y_P[at_P],
             start_R,
             self.num_tasks,
-            None if self.weight_B is None else self.weight_B[row_B],
+            None if self.weight_P is None else self.weight_P[at_P],
         )
 
     def pairs(self) -> Pairs:
         return self
 
     def grid(self) -> Grid:
-        """As a dense matrix; no row may have two labels of one task."""
+        """As a dense matrix; no row may have two labels of one task, or labels of different weights."""
         y_BT = self.y_P.new_full((self.num_rows, self.num_tasks), torch.nan)
         y_BT[self.row_P, self.task_P] = self.y_P
-        return Grid(y_BT, self.weight_B)
+        weight_B = None
+        if self.weight_P is not None:
+            weight_B = self.weight_P.new_zeros(self.num_rows)
+            weight_B[self.row_P] = self.weight_P
+        return Grid(y_BT, weight_B)
 
     def to(self, device: torch.device) -> Pairs:
         return _to(self, device)

@@ -215,13 +215,14 @@ class Numeric(Feature):
 class Array(Feature):
     """One list column (fixed or not, nested or not: embeddings, images, bags of words) flattened to [n, k].
 
-    Each row is scaled to length 1 (`normalize="l2"`; a row of zeros stays), then each position to training mean 0 and
-    variance 1 (`standardize`; a position that is constant in training becomes 0). No position is dropped.
+    Each row is scaled to length 1 (`normalize="l2"`) or to a root mean square of 1 ("rms"; a row of zeros stays), then
+    each position to training mean 0 and variance 1 (`standardize`; a position that is constant in training becomes 0).
+    No position is dropped.
 
     Raises UserError for rows of differing length and for missing or infinite values.
     """
 
-    def __init__(self, standardize: bool = False, normalize: Literal["none", "l2"] = "none"):
+    def __init__(self, standardize: bool = False, normalize: Literal["none", "l2", "rms"] = "none"):
         self.standardize, self.normalize = standardize, normalize
 
     def encode(self, table: pa.Table) -> Encoded:
@@ -260,7 +261,8 @@ class Array(Feature):
         if self.normalize == "none":
             return values
         norm = np.sqrt(np.einsum("nk,nk->n", values, values, dtype=np.float64, casting="unsafe"))[:, None]
-        return values / np.where(norm > 0, norm, 1.0)
+        unit = values / np.where(norm > 0, norm, 1.0)
+        return unit if self.normalize == "l2" else unit * values.shape[1] ** 0.5
 
 
 class Categorical(Feature):
@@ -365,7 +367,7 @@ def infer_feature(field: pa.Field, values: pa.Array | pa.ChunkedArray) -> Spec:
     kind = field.type.storage_type if isinstance(field.type, pa.BaseExtensionType) else field.type
     if _is_list(kind):
         return Spec(class_path="Array")
-    if _is_number(kind):
+    if is_number(kind):
         return Spec(class_path="Numeric")
     if pa.types.is_dictionary(kind):
         return Spec(class_path="Categorical")
@@ -453,7 +455,7 @@ def _numbers(name: str, column: pa.ChunkedArray) -> np.ndarray:
     kind = column.type
     if pa.types.is_dictionary(kind):
         column, kind = column.cast(kind.value_type), kind.value_type
-    if not (_is_number(kind) or is_text(kind) or pa.types.is_null(kind)):
+    if not (is_number(kind) or is_text(kind) or pa.types.is_null(kind)):
         hint = "use the feature Array" if _is_list(kind) else "use another feature or take it out of inputs"
         raise UserError(f"column '{name}' has type {kind}, expected numbers; {hint}")
     exact = pa.types.is_boolean(kind) or (not is_text(kind) and kind in _FIT_FLOAT32)
@@ -524,7 +526,7 @@ def _matrix(name: str, column: pa.ChunkedArray) -> np.ndarray:
             leaf, num_values = leaf.flatten(), num_values * length
         if not num_values:
             raise UserError(f"column '{name}', row {done + 1}: an empty list, expected at least one number")
-        if leaf is chunk or not _is_number(leaf.type):
+        if leaf is chunk or not is_number(leaf.type):
             hint = "use the feature Numeric or Categorical" if leaf is chunk else "use a feature of your own"
             raise UserError(f"column '{name}' has type {column.type}, expected lists of numbers; {hint}")
         if not len(chunk):
@@ -574,7 +576,7 @@ def _normal_scores(x: np.ndarray, quantiles: np.ndarray, num_rows: int) -> np.nd
     return ndtri(((low + np.interp(x, quantiles, ranks)) / 2 + 0.5) / num_rows)
 
 
-def _is_number(kind: pa.DataType) -> bool:
+def is_number(kind: pa.DataType) -> bool:
     types = pa.types
     return types.is_boolean(kind) or types.is_integer(kind) or types.is_floating(kind) or types.is_decimal(kind)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from fnmatch import fnmatchcase
 
 import datasets
 import numpy as np
@@ -15,9 +14,10 @@ from numpy.typing import NDArray
 
 from mtrain.components import Spec, build
 from mtrain.config import Selection, TasksConfig
+from mtrain.data.features import FLOAT32_MAX, encode_categories, is_number, is_text
 from mtrain.data.sources import require, to_arrow
-from mtrain.errors import UserError, nearest
-from mtrain.model.kinds import KINDS, Binary, Kind, Multiclass, Regression
+from mtrain.errors import UserError, matches, nearest
+from mtrain.model.kinds import KINDS, Binary, Kind, Multiclass, Regression, SortedLabels, by_task
 from mtrain.tasks import Task, TaskTable
 
 _MAX_INFERRED_CLASSES = 20
@@ -39,38 +39,75 @@ class LabelTable:
     notes: list[str]
 
 
-def select(names: Sequence[str], selection: Selection, key: str) -> list[str]:
-    """The names that match the selection; a pattern that matches nothing is an error."""
-    for pattern in [*selection.include, *selection.exclude]:
-        if pattern != "*" and not any(fnmatchcase(name, pattern) for name in names):
-            raise UserError(f"{key}: '{pattern}' matches no column or task{nearest(pattern, names)}")
-    twice = next((p for i, p in enumerate(selection.include) if p in selection.include[:i]), None)
-    if twice is not None:
-        raise UserError(f"{key}: '{twice}' occurs twice, expected unique task names")
-    return [
-        name
-        for name in names
-        if any(fnmatchcase(name, p) for p in selection.include) and not any(fnmatchcase(name, p) for p in selection.exclude)
-    ]
+def select(names: Sequence[str], selection: Selection, key: str, known: Sequence[str] = ()) -> list[str]:
+    """The names that match the selection; a pattern that matches none of them (or of all `known`) is an error."""
+    known = known or names
+    include, exclude = Patterns(selection.include), Patterns(selection.exclude)
+    for pattern in (*include.unused(known), *exclude.unused(known)):
+        raise UserError(f"{key}: '{pattern}' matches no column or task{nearest(pattern, known)}")
+    if len(include.exact) < len(selection.include):
+        twice = next(p for i, p in enumerate(selection.include) if p in selection.include[:i])
+        raise UserError(f"{key}: '{twice}' occurs twice, expected unique task names; name it once")
+    return [name for name in names if include.of(name) and not exclude.of(name)]
+
+
+class Patterns:
+    """Names and glob patterns of a config, in its order; a name is found without trying each."""
+
+    def __init__(self, patterns: Sequence[str]):
+        self.exact = {pattern: i for i, pattern in enumerate(patterns)}
+        self.globs = [(pattern, i) for i, pattern in enumerate(patterns) if any(c in pattern for c in "*?[")]
+
+    def of(self, name: str) -> list[int]:
+        """Positions of the patterns that match, ascending."""
+        found = {i for pattern, i in self.globs if matches(name, pattern)}
+        return sorted(found | {self.exact[name]} if name in self.exact else found)
+
+    def unused(self, names: Sequence[str]) -> list[str]:
+        """Patterns that match none of the names."""
+        globs, there = {pattern for pattern, _ in self.globs}, set(names)
+        return [p for p in self.exact if p not in there and not (p in globs and any(matches(n, p) for n in names))]
+
+
+class _Options:
+    """What the config says of each task."""
+
+    def __init__(self, config: TasksConfig):
+        self._default = None if config.kind is None else _kind(config.kind, "tasks.kind")
+        self._patterns = Patterns(list(config.by_name))
+        self._options = list(config.by_name.values())
+        self._kinds = [None if o.kind is None else _kind(o.kind, f"tasks.by_name.{p}.kind") for p, o in config.by_name.items()]
+
+    def kind(self, name: str) -> Kind | None:
+        """The last that matches; None: to be inferred."""
+        return next((self._kinds[i] for i in self._patterns.of(name)[::-1] if self._kinds[i]), self._default)
+
+    def weight(self, name: str) -> float:
+        weights = [self._options[i].weight for i in self._patterns.of(name)]
+        return next((w for w in reversed(weights) if w is not None), 1.0)
+
+    def check(self, names: Sequence[str]) -> None:
+        for pattern in self._patterns.unused(names):
+            raise UserError(f"tasks.by_name: '{pattern}' matches no task{nearest(pattern, names)}")
 
 
 def read_grid(data: datasets.Dataset, columns: list[str], config: TasksConfig, missing: Sequence[float | str]) -> LabelTable:
     """One task per label column; NaN, null, empty text and `missing` are no label."""
     if not columns:
-        raise UserError("tasks.labels: no label column is left; name them in tasks.labels")
+        raise UserError("tasks.labels: no label column is left; name columns that are not inputs, key or weight")
     table = to_arrow(data, columns)
-    kinds = [_configured_kind(name, config) for name in columns]
-    parsed = [_parse(table[name], name, missing, kind) for name, kind in zip(columns, kinds, strict=True)]
-    row_of = [np.flatnonzero(~np.isnan(column.value)) for column in parsed]
+    options = _Options(config)
+    every = np.zeros(len(data), dtype=np.int64)
+    parsed = [_parse(table[name], name, missing, every, [options.kind(name)]) for name in columns]
+    row_of = [np.flatnonzero(~np.isnan(value)) for value, _ in parsed]
     count_T = np.array([len(rows) for rows in row_of])
     return _finish(
         names=columns,
-        labels=columns,
         task_P=np.repeat(np.arange(len(columns)), count_T),
         row_P=np.concatenate(row_of),
-        y_P=np.concatenate([column.value[rows] for column, rows in zip(parsed, row_of, strict=True)]),
-        texts=[column.texts for column in parsed],
-        config=config,
+        y_P=np.concatenate([value[rows] for (value, _), rows in zip(parsed, row_of, strict=True)]),
+        texts=[texts[0] for _, texts in parsed],
+        options=options,
     )
 
 
@@ -79,26 +116,26 @@ def read_long(data: datasets.Dataset, task: str, label: str, config: TasksConfig
     require(data.column_names, task, "data.task")
     require(data.column_names, label, "data.label")
     table = to_arrow(data, [task, label])
-    encoded = pc.dictionary_encode(table[task].cast(pa.string())).combine_chunks()
-    if encoded.null_count:
-        row = int(np.flatnonzero(encoded.is_null().to_numpy(zero_copy_only=False))[0])
-        raise UserError(f"column '{task}', row {row + 1}: found no task name, expected one in each row")
-    all_names = encoded.dictionary.to_pylist()
+    task_N, distinct = encode_categories(_task_names(table[task], task))
+    if len(unnamed := np.flatnonzero((task_N < 0) | np.isin(task_N, distinct.index("").as_py()))):
+        raise UserError(f"column '{task}', row {unnamed[0] + 1}: found no task name, expected one in each row")
+    all_names = distinct.to_pylist()
     names = select(all_names, config.labels, "tasks.labels")
-    position = np.full(len(all_names), -1)
-    position[[all_names.index(name) for name in names] if len(names) < len(all_names) else slice(None)] = np.arange(len(names))
-    task_N = position[encoded.indices.to_numpy()]
-    wanted = {_configured_kind(name, config) for name in names}
-    column = _parse(table[label], label, missing, wanted.pop() if len(wanted) == 1 else None)
-    row_P = np.flatnonzero((task_N >= 0) & ~np.isnan(column.value))
+    if not names:
+        raise UserError(f"tasks.labels: none of the {len(all_names)} tasks of column '{task}' is left; exclude fewer")
+    selected = set(names)
+    kept = np.array([name in selected for name in all_names])
+    task_N = np.where(kept, np.cumsum(kept) - 1, -1)[task_N]
+    options = _Options(config)
+    value, texts = _parse(table[label], label, missing, task_N, [options.kind(name) for name in names])
+    row_P = np.flatnonzero((task_N >= 0) & ~np.isnan(value))
     result = _finish(
         names=names,
-        labels=names,
         task_P=task_N[row_P],
         row_P=row_P,
-        y_P=column.value[row_P],
-        texts=[column.texts] * len(names),
-        config=config,
+        y_P=value[row_P],
+        texts=texts,
+        options=options,
     )
     left_out = len(task_N) - len(row_P)
     if left_out:
@@ -106,93 +143,115 @@ def read_long(data: datasets.Dataset, task: str, label: str, config: TasksConfig
     return result
 
 
-@dataclass(frozen=True)
-class _Column:
-    value: NDArray[np.float64]  # numbers, or positions in `texts`; NaN is missing
-    texts: list[str] | None
+def _task_names(column: pa.ChunkedArray, name: str) -> pa.ChunkedArray:
+    if pa.types.is_floating(column.type):  # integers with missing values often come as floats
+        column = pc.if_else(pc.is_nan(column), pa.scalar(None, column.type), column)
+        if pc.all(pc.equal(pc.trunc(column), column)).as_py():
+            column = column.cast(pa.int64())
+    try:
+        return column.cast(pa.string())
+    except (pa.ArrowNotImplementedError, pa.ArrowInvalid):
+        raise UserError(f"data.task: column '{name}' has type {column.type}, expected text or whole numbers") from None
 
 
-def _parse(column: pa.ChunkedArray, name: str, missing: Sequence[float | str], kind: Kind | None) -> _Column:
+Parsed = tuple[NDArray[np.float64], list[list[str] | None]]
+"""A value per row, NaN where missing; for each task None, or the texts in which its values are positions."""
+
+
+def _parse(
+    column: pa.ChunkedArray,
+    name: str,
+    missing: Sequence[float | str],
+    task_N: NDArray[np.int64],
+    kinds: Sequence[Kind | None],
+) -> Parsed:
+    """The labels of a column whose rows belong to the tasks `task_N` (-1: none)."""
     kind_of = column.type
     if pa.types.is_dictionary(kind_of):
         column, kind_of = column.cast(kind_of.value_type), kind_of.value_type
-    if pa.types.is_boolean(kind_of) or pa.types.is_integer(kind_of) or pa.types.is_decimal(kind_of):
-        column, kind_of = column.cast(pa.float64()), pa.float64()
-    if pa.types.is_null(kind_of):
-        return _Column(np.full(len(column), np.nan), None)
-    if pa.types.is_floating(kind_of):
-        value = np.array(column.cast(pa.float64()).to_numpy(), dtype=np.float64)
-        infinite = np.flatnonzero(np.isinf(value))
-        if len(infinite):
-            raise UserError(
-                f"label column '{name}', row {infinite[0] + 1}: found {value[infinite[0]]}, expected a finite number; "
-                "name it in data.missing_labels if it means 'missing'"
-            )
-        value[np.isin(value, [m for m in missing if isinstance(m, int | float)])] = np.nan
-        return _Column(value, None)
-    if not (pa.types.is_string(kind_of) or pa.types.is_large_string(kind_of)):
+    texts: list[list[str] | None] = [None] * len(kinds)
+    if is_text(kind_of):
+        value, texts = _parse_text(column, name, missing, task_N, kinds)
+    elif is_number(kind_of) or pa.types.is_null(kind_of):
+        value = pc.cast(column, pa.float64(), safe=False).to_numpy()
+        value = np.where(np.isin(value, _numbers(missing)), np.nan, value)
+    else:
         raise UserError(f"label column '{name}': found type {kind_of}, expected numbers, booleans or text")
-    return _parse_text(column, name, missing, kind)
-
-
-def _parse_text(column: pa.ChunkedArray, name: str, missing: Sequence[float | str], kind: Kind | None) -> _Column:
-    """Text that is all numbers is numbers; text that is mostly numbers has a mistake in it; other text is classes."""
-    encoded = pc.dictionary_encode(pc.utf8_trim_whitespace(column)).combine_chunks()
-    texts = encoded.dictionary.to_pylist()
-    code_N = encoded.indices.fill_null(-1).to_numpy()
-    is_missing = np.array([text == "" or text in map(str, missing) for text in texts] + [True])  # [-1] is null
-    number = np.append(pd.to_numeric(pd.Series(texts, dtype=object), errors="coerce").to_numpy(float), np.nan)
-    number[np.isin(number, [m for m in missing if isinstance(m, int | float)])] = np.nan
-    known_N = ~is_missing[code_N]
-    text_N = known_N & np.isnan(number[code_N])
-    if not text_N.any() and not (kind and kind.has_classes):
-        return _Column(np.where(known_N, number[code_N], np.nan), None)
-    num_numbers = int(known_N.sum() - text_N.sum())
-    wants_classes = kind is not None and kind.has_classes
-    if not wants_classes and (num_numbers > text_N.sum() or kind is not None):
-        row = int(np.flatnonzero(text_N)[0])
+    beyond = np.flatnonzero(np.abs(value) > FLOAT32_MAX)
+    if len(beyond):
         raise UserError(
-            f"label column '{name}', row {row + 1}: found '{texts[code_N[row]]}', expected a number as in the other "
-            f"{num_numbers} rows; name it in data.missing_labels if it means 'missing', or set kind: multiclass"
+            f"label column '{name}', row {beyond[0] + 1}: found {value[beyond[0]]:g}, expected a finite number that fits "
+            "float32; name it in data.missing_labels if it means 'missing'"
         )
-    order = sorted(range(len(texts)), key=lambda i: (np.isnan(number[i]), number[i], texts[i]))
+    return value, texts
+
+
+def _parse_text(
+    column: pa.ChunkedArray,
+    name: str,
+    missing: Sequence[float | str],
+    task_N: NDArray[np.int64],
+    kinds: Sequence[Kind | None],
+) -> Parsed:
+    """A task whose text is all numbers has numbers; mostly numbers is a mistake; other text is classes."""
+    code_N, distinct = encode_categories(pc.utf8_trim_whitespace(column))
+    texts = distinct.to_pylist()
+    number = np.append(pd.to_numeric(pd.Series(texts, dtype=object), errors="coerce").to_numpy(float), np.nan)
+    is_missing = np.array([text == "" or text in missing for text in texts] + [True])  # [-1] is null
+    is_missing |= np.isin(number, _numbers(missing))
+    known_N = ~is_missing[code_N] & (task_N >= 0)
+    text_N = known_N & np.isnan(number[code_N])
+
+    labels_T = np.bincount(task_N[known_N], minlength=len(kinds))
+    texts_T = np.bincount(task_N[text_N], minlength=len(kinds))
+    classes = np.unique(task_N[known_N] * len(texts) + code_N[known_N])
+    classes_T = np.bincount(classes // max(len(texts), 1), minlength=len(kinds))
+    asked_T = np.array([kind is not None and kind.has_classes for kind in kinds])
+    for t in np.flatnonzero((texts_T > 0) & ~asked_T).tolist():
+        row = int(np.flatnonzero(text_N & (task_N == t))[0])
+        found = f"label column '{name}', row {row + 1}: found '{texts[code_N[row]]}'"
+        num_numbers = labels_T[t] - texts_T[t]
+        if kinds[t] is not None or num_numbers > texts_T[t]:
+            raise UserError(
+                f"{found}, expected a number{f' as in {num_numbers} other rows' if num_numbers else ''}; name it in "
+                "data.missing_labels if it means 'missing', or set kind: multiclass"
+            )
+        if classes_T[t] > max(_MAX_INFERRED_CLASSES, labels_T[t] // _ROWS_PER_INFERRED_CLASS):
+            raise UserError(
+                f"{found}, one of {classes_T[t]} different texts in {labels_T[t]} rows, expected numbers or classes; mend "
+                "it, or set kind: multiclass if each text is a class"
+            )
+    order = sorted(range(len(texts)), key=lambda i: (np.isnan(number[i]), np.nan_to_num(number[i]), texts[i]))
     rank = np.empty(len(texts) + 1)
     rank[order] = np.arange(len(texts))
-    return _Column(np.where(known_N, rank[code_N], np.nan), [texts[i] for i in order])
+    by_rank = [texts[i] for i in order]
+    has_text_T = asked_T | (texts_T > 0)
+    value = np.where(known_N, np.where(has_text_T[task_N], rank[code_N], number[code_N]), np.nan)
+    return value, [by_rank if has_text else None for has_text in has_text_T]
 
 
-def _configured_kind(name: str, config: TasksConfig) -> Kind | None:
-    spec, where = config.kind, "tasks.kind"
-    for pattern, options in config.by_name.items():
-        if fnmatchcase(name, pattern) and options.kind is not None:
-            spec, where = options.kind, f"tasks.by_name.{pattern}.kind"
-    return None if spec is None else _kind(spec, where)
+def _numbers(missing: Sequence[float | str]) -> list[float]:
+    return [m for m in missing if not isinstance(m, str)]
 
 
-def _kind(spec: Spec, where: str, _cache: dict[str, Kind] = {}) -> Kind:  # noqa: B006
-    text = spec.model_dump_json()
-    if text not in _cache:
-        kind = build(spec, KINDS, where)
-        if not isinstance(kind, Kind):
-            raise UserError(f"{where}: '{spec.class_path}' is not a subclass of mtrain.model.kinds.Kind")
-        _cache[text] = kind
-    return _cache[text]
+def _kind(spec: Spec, where: str) -> Kind:
+    kind = build(spec, KINDS, where)
+    if not isinstance(kind, Kind):
+        raise UserError(f"{where}: '{spec.class_path}' is not a subclass of mtrain.model.kinds.Kind")
+    return kind
 
 
 def _finish(
     names: list[str],
-    labels: list[str],
     task_P: NDArray[np.int64],
     row_P: NDArray[np.int64],
     y_P: NDArray[np.float64],
     texts: list[list[str] | None],
-    config: TasksConfig,
+    options: _Options,
 ) -> LabelTable:
     """Skip tasks without labels, infer kinds, turn classes into indices, check every label against its kind."""
     notes = []
-    for pattern in config.by_name:
-        if not any(fnmatchcase(name, pattern) for name in names):
-            raise UserError(f"tasks.by_name: '{pattern}' matches no task{nearest(pattern, names)}")
+    options.check(names)
     count_T = np.bincount(task_P, minlength=len(names))
     empty = [names[t] for t in np.flatnonzero(count_T == 0)]
     if len(empty) == len(names):
@@ -206,12 +265,14 @@ def _finish(
     distinct = _Distinct.of(task_P, y_P, len(keep))
     tasks, reasons = [], []
     for t, original in enumerate(keep):
-        kind, reason = _configured_kind(names[original], config), "as configured"
+        name = names[original]
+        kind, reason = options.kind(name), "as configured"
         if kind is None:
             kind, reason = distinct.infer(t, texts[original] is not None)
-        weights = [o.weight for p, o in config.by_name.items() if fnmatchcase(names[original], p) and o.weight is not None]
-        tasks.append(Task(names[original], kind, labels[original], (), weights[-1] if weights else 1.0))
+        tasks.append(Task(name, kind, name, (), options.weight(name)))
         reasons.append(reason)
+    if not any(task.weight for task in tasks):
+        raise UserError("tasks.by_name: every task has weight 0, so nothing would be trained; give some a positive weight")
 
     has_classes_T = np.array([task.kind.has_classes for task in tasks])
     if has_classes_T.any():
@@ -219,36 +280,40 @@ def _finish(
             replace(task, classes=distinct.class_names(t, texts[keep[t]])) if has_classes_T[t] else task
             for t, task in enumerate(tasks)
         ]
-        y_P = np.where(has_classes_T[task_P], distinct.rank_P, y_P)
+        y_P = distinct.ranks(task_P, y_P, has_classes_T)
     result = LabelTable(TaskTable(tuple(tasks)), task_P, row_P, y_P, reasons, notes)
-    _check_kinds(result)
+    _check_kinds(result, distinct)
     return result
 
 
 @dataclass(frozen=True)
 class _Distinct:
-    """The distinct labels of each task, sorted, and the rank of each label among them."""
+    """The distinct labels of each task, sorted."""
 
     start_T: NDArray[np.int64]
     count_T: NDArray[np.int64]
     labels_T: NDArray[np.int64]
     value: NDArray[np.float64]
-    rank_P: NDArray[np.int64]
 
     @staticmethod
     def of(task_P: NDArray[np.int64], y_P: NDArray[np.float64], num_tasks: int) -> _Distinct:
-        order = np.lexsort((y_P, task_P))
-        task, y = task_P[order], y_P[order]
-        new = np.ones(len(order), dtype=bool)
+        labels = SortedLabels.of(task_P, y_P, np.ones(num_tasks, dtype=np.int64))
+        task, y = labels.task_P, labels.y_P
+        new = np.ones(len(y), dtype=bool)
         new[1:] = (task[1:] != task[:-1]) | (y[1:] != y[:-1])
         count_T = np.bincount(task[new], minlength=num_tasks)
-        start_T = np.cumsum(count_T) - count_T
-        rank_P = np.empty(len(order), dtype=np.int64)
-        rank_P[order] = np.cumsum(new) - 1 - start_T[task]
-        return _Distinct(start_T, count_T, np.bincount(task_P, minlength=num_tasks), y[new], rank_P)
+        return _Distinct(np.cumsum(count_T) - count_T, count_T, labels.count_T.astype(np.int64), y[new])
 
     def values(self, t: int) -> NDArray[np.float64]:
         return self.value[self.start_T[t] : self.start_T[t] + self.count_T[t]]
+
+    def ranks(self, task_P: NDArray[np.int64], y_P: NDArray[np.float64], use_T: NDArray[np.bool_]) -> NDArray[np.float64]:
+        """Each label's rank among the distinct ones of its task, for the tasks to use; else the label."""
+        y_P, order, end_T = y_P.copy(), by_task(task_P, len(use_T)), np.cumsum(self.labels_T)
+        for t in np.flatnonzero(use_T).tolist():
+            own = order[end_T[t] - self.labels_T[t] : end_T[t]]
+            y_P[own] = np.searchsorted(self.values(t), y_P[own])
+        return y_P
 
     def infer(self, t: int, is_text: bool) -> tuple[Kind, str]:
         values = self.values(t)
@@ -272,17 +337,14 @@ class _Distinct:
         return tuple(str(int(v)) if v == int(v) else repr(float(v)) for v in values)
 
 
-def _check_kinds(table: LabelTable) -> None:
+def _check_kinds(table: LabelTable, distinct: _Distinct) -> None:
     for kind, at in table.tasks.by_kind().items():
-        if type(kind).problem is Kind.problem:
+        if type(kind).problem is Kind.problem or kind.has_classes:
             continue
-        of_kind = np.zeros(len(table.tasks), dtype=bool)
-        of_kind[at] = True
-        candidates = np.flatnonzero(of_kind[table.task_P])
-        for value in np.unique(table.y_P[candidates]):
-            problem = kind.problem(float(value))
+        for value in np.unique(np.concatenate([distinct.values(t) for t in at])).tolist():
+            problem = kind.problem(value)
             if problem:
-                p = candidates[table.y_P[candidates] == value][0]
+                p = np.flatnonzero(np.isin(table.task_P, at) & (table.y_P == value))[0]
                 task = table.tasks[int(table.task_P[p])]
                 raise UserError(
                     f"label of task '{task.name}', row {table.row_P[p] + 1}: found {value:g}, {problem} for kind "

@@ -20,10 +20,14 @@ _GOLDEN = 0.6180339887498949
 
 @dataclass(frozen=True)
 class Part:
-    """Rows of one part of the split that have labels: `row_R` are rows of the inputs, `labels` go with them."""
+    """Rows of one part of the split that have labels: `row_R` are rows of the inputs, `labels` go with them.
+
+    `original` are the same labels in the user's units and float64, which metrics read: equal values must stay equal.
+    """
 
     row_R: Tensor
     labels: Labels
+    original: Labels | None = None
 
     @property
     def num_rows(self) -> int:
@@ -87,7 +91,12 @@ class RoutedLoader:
         self.rows_T = np.bincount(task_R, minlength=len(names))
         self.start_T = np.cumsum(self.rows_T) - self.rows_T
         self.key_T = np.array([name_key(name) for name in names], dtype=np.uint64)
+        probability_T = np.asarray(probability_T, dtype=np.float64)
+        if probability_T.shape != (len(names),) or not (np.isfinite(probability_T) & (probability_T >= 0)).all():
+            raise UserError(f"sampler: gave {probability_T!r:.80}, expected {len(names)} numbers >= 0, one for each task")
         self.probability_T = np.where(self.rows_T > 0, probability_T, 0.0)
+        if not self.probability_T.any():
+            raise UserError("sampler: gave probability 0 to every task with rows, expected some above 0")
         self.probability_T /= self.probability_T.sum()
         self.steps_per_epoch = -(-part.num_rows // batch_size)
         self.cursor_T = np.zeros(len(names), dtype=np.int64)
@@ -104,7 +113,7 @@ class RoutedLoader:
         generator = np.random.default_rng([self.seed, number])
         layout = generator.permutation(len(self.names))
         edges = np.cumsum(self.probability_T[layout])
-        edges[-1] = np.inf
+        edges[edges >= edges[-1]] = np.inf  # rounding must not draw a task of probability 0 behind the last
         steps = np.arange(number * _BLOCK, (number + 1) * _BLOCK)
         offset_K = (steps * _GOLDEN + np.random.default_rng(self.seed).random()) % 1.0
         point_KB = (np.arange(self.batch_size) + offset_K[:, None]) / self.batch_size

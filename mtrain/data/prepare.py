@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from fnmatch import fnmatchcase
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -19,16 +21,17 @@ from torch import Tensor
 from mtrain.components import Spec, build
 from mtrain.config import Config, SplitConfig, TargetsConfig
 from mtrain.data import FEATURES
-from mtrain.data.batch import Pairs
+from mtrain.data.batch import Grid, Pairs
 from mtrain.data.features import Encoded, Feature, encode_column, infer_feature
 from mtrain.data.labels import LabelTable, read_grid, read_long, select
 from mtrain.data.loader import Part
 from mtrain.data.sources import open_table, require, to_arrow
 from mtrain.data.splits import SOURCE, Split, overlap, split, split_hash
-from mtrain.errors import UserError, nearest
+from mtrain.errors import UserError, matches, nearest
 from mtrain.model.kinds import SortedLabels
 from mtrain.tasks import TaskTable
 
+UNNAMED = "Unnamed: "  # so pandas calls a column without a name: mostly row numbers
 _GRID_DENSITY = 0.02  # sparser tables are kept as pairs, denser pairs as a grid
 
 
@@ -46,7 +49,8 @@ class FeatureColumn:
 class Source:
     """The table, its labels and its encoded inputs: all that does not depend on the split.
 
-    A *unit* is what a split deals out: a row, for pairs a label. `input_U` is the input row of each unit.
+    A *unit* is what a split deals out: a row, for pairs a label. `input_U` is the input row of each unit, `row_U` its row
+    in the table of `data.path`, for messages.
     """
 
     config: Config
@@ -54,6 +58,7 @@ class Source:
     labels: LabelTable
     features: list[FeatureColumn]
     input_U: NDArray[np.int64]
+    row_U: NDArray[np.int64]
     weight_U: NDArray[np.float64] | None
     notes: list[str]
 
@@ -69,10 +74,21 @@ class Source:
                 specs.setdefault(name, []).append(item.spec)
         return self.config.inputs or specs
 
-    def column(self, name: str, key: str = "split.column") -> NDArray[Any]:
+    @cached_property
+    def repeated(self) -> int:
+        """Pairs: how many labels have the same input and task as another before them."""
+        if self.config.data.layout != "pairs":
+            return 0
+        cell_P = np.sort(self.input_U[self.labels.row_P] * len(self.labels.tasks) + self.labels.task_P)
+        return int((cell_P[1:] == cell_P[:-1]).sum())
+
+    def column(self, name: str, key: str = "split.column") -> pa.ChunkedArray | NDArray[Any]:
         """A column, one value per unit."""
+        if name == SOURCE and name not in self.data.column_names:
+            raise UserError("split.by: sources needs named splits; give data.path as {train: FILE, test: FILE}")
         require(self.data.column_names, name, key)
-        return to_arrow(self.data, [name])[name].to_numpy()
+        column = to_arrow(self.data, [name])[name]
+        return column.to_numpy() if pa.types.is_floating(column.type) else column  # NaN in numpy is missing
 
 
 @dataclass
@@ -97,6 +113,7 @@ def read_source(config: Config, beside: Path | None = None) -> Source:
     """
     data = open_table(config.data, beside)
     columns = data.column_names
+    row_U = np.arange(len(data))
     if len(data) == 0:
         raise UserError(f"data.path {config.data.path}: the table has no rows")
     for name in ("key", "task", "label", "weight"):
@@ -115,31 +132,44 @@ def read_source(config: Config, beside: Path | None = None) -> Source:
         candidates = columns if chosen.include != ["*"] else [c for c in columns if c not in used]
         if chosen.include == ["*"] and not config.inputs:
             raise UserError("tasks.labels and inputs are both missing: name the label columns or the input columns")
-        labels = read_grid(data, select([*candidates, *chosen.exclude], chosen, "tasks.labels"), config.tasks, missing)
+        label_columns = select(candidates, chosen, "tasks.labels", known=columns)
+        if both := [name for name in label_columns if name in used - {config.split.column}]:
+            raise UserError(f"tasks.labels: column '{both[0]}' is also an input, key or weight; it can be only one of them")
+        labels = read_grid(data, label_columns, config.tasks, missing)
     else:
         assert config.data.task is not None
         assert config.data.label is not None
+        if any(of_data.label in group[0] for group in input_columns):
+            raise UserError(f"inputs: column '{of_data.label}' holds the labels (data.label); leave it out of inputs")
+        label_columns = []
         labels = read_long(data, config.data.task, config.data.label, config.tasks, missing)
-        data = data.select(labels.row_P)  # a unit is a label
-        labels = replace(labels, row_P=np.arange(len(labels.row_P)))
+        row_U = labels.row_P
+        data = data.select(row_U) if len(row_U) < len(data) else data  # a unit is a label
+        labels = replace(labels, row_P=np.arange(len(row_U)))
+    notes = list(labels.notes)
     if not config.inputs:
-        label_columns = {task.label for task in labels.tasks} if config.data.layout == "grid" else set()
-        free = [c for c in columns if c not in reserved | label_columns]
+        free = [c for c in columns if c not in reserved.union(label_columns)]
+        if unnamed := [c for c in free if c.startswith(UNNAMED)]:
+            free = [c for c in free if c not in unnamed]
+            notes.append(f"{len(unnamed)} columns have no name in the file and are not inputs: {', '.join(unnamed[:5])}")
+        if not free:
+            raise UserError("inputs: no column is left for inputs; name the label columns in tasks.labels, or the inputs")
         input_columns = [([c], _inferred(data, c)) for c in free]
 
-    notes = list(labels.notes)
-    input_U = np.arange(len(data))
+    input_U, first = np.arange(len(data)), np.arange(len(data))
     inputs = data
-    if config.data.layout == "pairs":
-        assert config.data.key is not None
-        input_U, first = _entities(data, config.data.key, [c for group in input_columns for c in group[0]])
-        inputs = data.select(first)
+    with _table_rows(row_U):
+        weight_U = None if of_data.weight is None else _weights(data, of_data.weight)
+        if of_data.layout == "pairs":
+            assert of_data.key is not None
+            input_U, first = _entities(data, of_data.key, [c for group in input_columns for c in group[0]])
+            inputs = data.select(first)
     features = []
-    for names, spec in input_columns:
-        feature = build(spec, FEATURES, f"inputs.{names[0]}")
-        features.append(FeatureColumn(names, spec, feature, encode_column(inputs, names, feature, config.data.workers)))
-    weight_U = None if config.data.weight is None else _weights(data, config.data.weight)
-    source = Source(config, data, labels, features, input_U, weight_U, notes)
+    with _table_rows(row_U[first]):
+        for names, spec in input_columns:
+            feature = build(spec, FEATURES, f"inputs.{names[0]}")
+            features.append(FeatureColumn(names, spec, feature, encode_column(inputs, names, feature, of_data.workers)))
+    source = Source(config, data, labels, features, input_U, row_U, weight_U, notes)
     return _without_invalid(source)
 
 
@@ -147,21 +177,29 @@ def prepare(source: Source, seed: int) -> Prepared:
     """Split the units, fit features and targets on the training part, build tensors."""
     config, labels, notes = source.config, source.labels, list(source.notes)
     num_units = len(source.input_U)
-    units = split(
-        _split_spec(config.split),
-        seed,
-        n=num_units,
-        columns=source.column,
-        known=source.data.column_names,
-        task_N=np.array(labels.tasks.names)[labels.task_P] if config.data.layout != "grid" else None,
-        key=source.column(config.data.key, "data.key") if config.data.key else None,
-    )
+    task_N = pa.array(labels.tasks.names).take(pa.array(labels.task_P)) if config.data.layout != "grid" else None
+    with _table_rows(source.row_U):
+        units = split(
+            _split_spec(config.split),
+            seed,
+            n=num_units,
+            columns=source.column,
+            known=source.data.column_names,
+            task_N=task_N,
+            key=source.column(config.data.key, "data.key") if config.data.key else None,
+        )
+    if "valid" not in units:
+        for key, given in (("split.refit", config.split.refit), ("select.patience", config.select.patience)):
+            if given:
+                raise UserError(f"{key}: needs a valid part, but the split has only {', '.join(units)}; add one to split.parts")
     in_part = {name: np.zeros(num_units, dtype=bool) for name in units}
     for name, unit in units.items():
         in_part[name][unit] = True
     train_P = in_part["train"][labels.row_P]
     if not train_P.any():
         raise UserError("split: the train part holds no label; give it more rows")
+    if source.weight_U is not None and not source.weight_U[units["train"]].any():
+        raise UserError(f"data.weight: column '{config.data.weight}' is 0 in every training row, expected positive weights")
 
     train_inputs = np.unique(source.input_U[units["train"]])
     blocks = []
@@ -179,10 +217,20 @@ def prepare(source: Source, seed: int) -> Prepared:
     )
     center_T, scale_T = tasks.stats["center"], tasks.stats["scale"]
     y_P = (labels.y_P - center_T[labels.task_P]) / scale_T[labels.task_P]
+    standardized = any(task.kind.standardized for task in tasks)
     parts = {
-        name: _part(source, labels.task_P[mask], labels.row_P[mask], y_P[mask], len(tasks))
+        name: _part(
+            source,
+            labels.task_P[mask],
+            labels.row_P[mask],
+            y_P[mask],
+            labels.y_P[mask] if standardized and name != "train" else None,
+            len(tasks),
+        )
         for name, mask in ((name, in_part[name][labels.row_P]) for name in units)
     }
+    if source.repeated:
+        notes.append(f"{source.repeated} labels have the same key and task as another; all count")
     absent = [tasks[int(t)].name for t in np.flatnonzero(tasks.stats["train_labels"] == 0)]
     if absent:
         notes.append(f"{len(absent)} tasks have no training label and stay at their initial head: {', '.join(absent[:5])}")
@@ -204,7 +252,7 @@ def with_statistics(
     predictor's `constant_deviance` and the kind's `typical_loss` in the units of the loss.
     """
     num_outputs_T = tasks.num_outputs_T
-    labels = SortedLabels.of(task_P, y_P, num_outputs_T)
+    labels = SortedLabels(task_P, y_P, num_outputs_T)  # means need no order
     mean_T, count_T = labels.mean(), labels.count_T
     var_T = labels.mean((labels.y_P - mean_T[labels.task_P]) ** 2)
     center_T, scale_T = np.zeros(len(tasks)), np.ones(len(tasks))
@@ -269,7 +317,7 @@ def _ragged(rows: Sequence[NDArray[np.float64]]) -> NDArray[Any]:
 def _match_inputs(config: Config, columns: list[str]) -> list[tuple[list[str], Spec]]:
     matched = []
     for pattern, specs in config.inputs.items():
-        names = [c for c in columns if fnmatchcase(c, pattern)]
+        names = [c for c in columns if matches(c, pattern)]
         if not names:
             raise UserError(f"inputs: no column '{pattern}' in the data{nearest(pattern, columns)}")
         matched += [(names, spec) for spec in specs]
@@ -304,8 +352,8 @@ def _weights(data: datasets.Dataset, column: str) -> NDArray[np.float64]:
     values = to_arrow(data, [column])[column].to_numpy()
     try:
         weight = values.astype(np.float64)
-    except (TypeError, ValueError):
-        raise UserError(f"data.weight: column '{column}' is not numeric") from None
+    except (TypeError, ValueError) as error:
+        raise UserError(f"data.weight: column '{column}' is not numeric ({error}), expected numbers >= 0") from None
     bad = np.flatnonzero(~(np.isfinite(weight) & (weight >= 0)))
     if len(bad):
         raise UserError(f"data.weight: column '{column}', row {bad[0] + 1}: found {weight[bad[0]]}, expected >= 0")
@@ -320,12 +368,15 @@ def _without_invalid(source: Source) -> Source:
     if valid_N.all():
         return source
     num_bad = int((~valid_N).sum())
+    first = int(np.argmax(source.input_U == np.argmin(valid_N)))
     limit = source.config.data.max_invalid
     if num_bad > limit * len(valid_N):
         raise UserError(
-            f"inputs: {num_bad} of {len(valid_N)} rows cannot be used (first: row {int(np.argmin(valid_N)) + 1}), "
-            f"more than data.max_invalid ({limit:g})"
+            f"inputs: {num_bad} of {len(valid_N)} cannot be used (first: row {source.row_U[first] + 1}), more than "
+            f"data.max_invalid ({limit:g}); mend them or raise it"
         )
+    if not valid_N.any():
+        raise UserError(f"inputs: none of the {len(valid_N)} can be used (first: row {source.row_U[first] + 1})")
     new_input = np.cumsum(valid_N) - 1
     keep_U = valid_N[source.input_U]
     new_unit = np.cumsum(keep_U) - 1
@@ -338,9 +389,22 @@ def _without_invalid(source: Source) -> Source:
         data=source.data.select(np.flatnonzero(keep_U)),
         labels=replace(labels, task_P=labels.task_P[keep_P], row_P=new_unit[labels.row_P[keep_P]], y_P=labels.y_P[keep_P]),
         input_U=new_input[source.input_U[keep_U]],
+        row_U=source.row_U[keep_U],
         weight_U=None if source.weight_U is None else source.weight_U[keep_U],
-        notes=[*source.notes, f"{num_bad} of {len(valid_N)} rows have inputs that cannot be used and are left out"],
+        notes=[*source.notes, f"{num_bad} of {len(valid_N)} inputs cannot be used: their rows are left out"],
     )
+
+
+@contextmanager
+def _table_rows(row_N: NDArray[np.int64]) -> Iterator[None]:
+    """Messages of the inner code count rows of a selection; say the row of the table."""
+    try:
+        yield
+    except UserError as error:
+        if len(row_N) and row_N[-1] == len(row_N) - 1:
+            raise
+        text = re.sub(r"\b(row )(\d+)\b(?!')", lambda m: f"{m[1]}{row_N[(int(m[2]) - 1) % len(row_N)] + 1}", str(error))
+        raise UserError(text) from None
 
 
 def _split_spec(config: SplitConfig) -> Split:
@@ -348,27 +412,38 @@ def _split_spec(config: SplitConfig) -> Split:
 
 
 def _part(
-    source: Source, task_P: NDArray[np.int64], unit_P: NDArray[np.int64], y_P: NDArray[np.float64], num_tasks: int
+    source: Source,
+    task_P: NDArray[np.int64],
+    unit_P: NDArray[np.int64],
+    y_P: NDArray[np.float64],
+    original_P: NDArray[np.float64] | None,
+    num_tasks: int,
 ) -> Part:
-    """Labels of a part over the input rows that have one; dense unless very sparse, or routed."""
-    routed = source.config.data.layout == "routed"
-    rows, row_P = np.unique(source.input_U[unit_P], return_inverse=True)
-    weight_R = None
-    if source.weight_U is not None:
-        weight_R = np.zeros(len(rows))
-        weight_R[row_P] = source.weight_U[unit_P]
-    pairs = Pairs.of(
-        torch.from_numpy(row_P),
-        torch.from_numpy(task_P),
-        torch.from_numpy(y_P.astype(np.float32)),
-        None if weight_R is None else torch.from_numpy(weight_R.astype(np.float32)),
-        len(rows),
-        num_tasks,
-    )
-    row_R = torch.from_numpy(rows)
-    dense = len(task_P) >= _GRID_DENSITY * len(rows) * num_tasks
-    unique = len(np.unique(row_P * num_tasks + task_P)) == len(task_P)
-    return Part(row_R, pairs.grid() if dense and unique and not routed else pairs)
+    """Labels of a part over the input rows that have one; dense unless very sparse, repeated or routed."""
+    input_P = source.input_U[unit_P]
+    used = np.zeros(source.num_inputs, dtype=bool)
+    used[input_P] = True
+    rows = np.flatnonzero(used)
+    row_P = (np.cumsum(used) - 1)[input_P]
+    weight_P = None if source.weight_U is None else source.weight_U[unit_P].astype(np.float32)
+    layout = source.config.data.layout
+    sparse = layout == "routed" or source.repeated or (layout == "pairs" and weight_P is not None)
+    sparse = sparse or len(task_P) < _GRID_DENSITY * len(rows) * num_tasks
+
+    def labels(y_P: NDArray[np.float64], dtype: type) -> Grid | Pairs:
+        if sparse:
+            tensors = (torch.from_numpy(row_P), torch.from_numpy(task_P), torch.from_numpy(y_P.astype(dtype)))
+            return Pairs.of(*tensors, None if weight_P is None else torch.from_numpy(weight_P), len(rows), num_tasks)
+        y_RT: NDArray[Any] = np.full((len(rows), num_tasks), np.nan, dtype=dtype)
+        y_RT[row_P, task_P] = y_P
+        weight_R = None
+        if weight_P is not None:
+            weight_R = np.zeros(len(rows), dtype=np.float32)
+            weight_R[row_P] = weight_P
+        return Grid(torch.from_numpy(y_RT), None if weight_R is None else torch.from_numpy(weight_R))
+
+    original = None if original_P is None else labels(original_P, np.float64)
+    return Part(torch.from_numpy(rows), labels(y_P, np.float32), original)
 
 
 def _row_hash(x_NF: Tensor) -> Tensor:

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import bz2
 import csv
 import glob
 import gzip
+import lzma
 import os
+import zlib
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import datasets
 import pyarrow as pa
@@ -23,6 +28,7 @@ _FORMATS = {
 
 
 PYTHON = "python:"
+_NO_ROWS = ("corresponds to no data", "BatchSize must be greater than 0")  # so `datasets` says that a table is empty
 
 
 def open_table(config: DataConfig, beside: Path | None = None) -> datasets.Dataset:
@@ -43,6 +49,8 @@ def open_table(config: DataConfig, beside: Path | None = None) -> datasets.Datas
     datasets.utils.logging.set_verbosity_error()
     try:
         from_hub = isinstance(config.path, str) and not files["train"]
+        if not from_hub and (config.name or config.source_split):
+            raise UserError("data.name and data.source_split are for hub data sets, but data.path names files; leave them out")
         loaded = _load_hub(config) if from_hub else _load(files, config)
     finally:
         datasets.utils.logging.set_verbosity(verbosity)
@@ -69,7 +77,13 @@ def to_arrow(data: datasets.Dataset, columns: list[str]) -> pa.Table:
 
 def _call(path: str) -> datasets.Dataset:
     """`python:package.module.function`: a function of no arguments that returns a table."""
-    table = find(path.removeprefix(PYTHON), {}, "data.path")()
+    function = find(path.removeprefix(PYTHON), {}, "data.path")
+    try:
+        table = function()
+    except UserError:
+        raise
+    except Exception as error:  # the user's own function may raise anything
+        raise UserError(f"data.path {path}: fails with {type(error).__name__}: {error}") from error
     if isinstance(table, datasets.Dataset):
         return table
     if isinstance(table, pa.Table):
@@ -99,6 +113,10 @@ def _find(path: str, config: DataConfig, beside: Path | None) -> list[str]:
             found = sorted(str(f) for f in full.rglob("*") if f.is_file() and _format(f.name))
             if not found:
                 raise UserError(f"data.path {full}: the folder holds no csv, json, parquet or arrow file")
+            if len(kinds := sorted({str(_format(f)) for f in found})) > 1:
+                raise UserError(
+                    f"data.path {full}: the folder holds {' and '.join(kinds)} files, expected one type; use a glob"
+                )
             return found
         if any(c in path for c in "*?[") and (found := sorted(glob.glob(str(full), recursive=True))):
             return found
@@ -124,15 +142,16 @@ def _load(files: dict[str, list[str]], config: DataConfig) -> dict[str, datasets
     options: dict[str, object] = {}
     if form == "csv":
         options = {"chunksize": 2**31 - 1}  # one chunk, so that a column has one type however long the file is
-        if ".tsv" in every[0]:
-            options["sep"] = "\t"
-        for file in every:
-            if "://" not in file:
-                _check_header(file, str(options.get("sep", ",")))
+        options["sep"] = separator = "\t" if ".tsv" in every[0] else ","
+        _check_headers([file for file in every if "://" not in file], separator)
     try:
         return datasets.load_dataset(form, data_files=files, keep_in_memory=config.in_memory, **options)
     except Exception as error:  # the libraries below raise many types for a broken file
-        raise UserError(f"data.path {', '.join(every[:3])}: cannot be read as {form}: {_reason(error)}") from error
+        empty = all(os.path.getsize(file) == 0 for file in every if "://" not in file)
+        if empty or any(sign in str(error.__cause__ or error) for sign in _NO_ROWS):
+            raise UserError(f"data.path {', '.join(every[:3])}: no rows, expected at least one") from error
+        same = "; all files need the same columns and types" if len(every) > 1 else ""
+        raise UserError(f"data.path {', '.join(every[:3])}: cannot be read as {form}: {_reason(error)}{same}") from error
 
 
 def _load_hub(config: DataConfig) -> dict[str, datasets.Dataset]:
@@ -146,20 +165,48 @@ def _load_hub(config: DataConfig) -> dict[str, datasets.Dataset]:
 def _reason(error: BaseException) -> str:
     while error.__cause__ is not None:
         error = error.__cause__
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0] if lines else ''}"
+    if isinstance(error, UnicodeDecodeError):
+        return f"not UTF-8 text ({error.reason} at byte {error.start}); if it is text, convert it: iconv -f latin1 -t utf-8"
+    lines = [line.strip() for line in str(error).strip().splitlines()]
+    return f"{type(error).__name__}: {' '.join(lines[:3])[:300]}"
 
 
-def _check_header(file: str, separator: str) -> None:
-    """pandas renames the second of two equal columns silently, and an empty file has no columns."""
-    opener = gzip.open if file.endswith(".gz") else open
+def _check_headers(files: list[str], separator: str) -> None:
+    """What pandas would pass over: equal names, rows shifted against the header, other columns in another file."""
+    expected: list[str] = []
+    for file in files:
+        names = _header(file, separator)
+        if expected and set(names) != set(expected):
+            odd = sorted(set(names) ^ set(expected))[0]
+            here, there = (file, files[0]) if odd in names else (files[0], file)
+            raise UserError(
+                f"data.path: column '{odd}' is in {here} but not in {there}, expected the same columns in all files"
+            )
+        expected = expected or names
+
+
+def _header(file: str, separator: str) -> list[str]:
+    openers: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
+    csv.field_size_limit(2**31 - 1)
     try:
-        with opener(file, "rt", newline="", encoding="utf-8") as stream:
-            names = next(csv.reader(stream, delimiter=separator), [])
-    except (OSError, EOFError, UnicodeDecodeError) as error:
-        raise UserError(f"data.path {file}: cannot be read: {_reason(error)}") from error
+        with openers.get(Path(file).suffix, open)(file, "rt", newline="", encoding="utf-8-sig") as stream:
+            reader = csv.reader(stream, delimiter=separator)
+            names, first = next(reader, []), next(reader, [])
+    except (OSError, EOFError, ValueError, csv.Error, lzma.LZMAError, zlib.error) as error:
+        raise UserError(f"data.path {file}: cannot be read as csv: {_reason(error)}") from error
     if not names:
         raise UserError(f"data.path {file}: the file is empty, expected a header and rows")
+    if "\0" in "".join(names):
+        raise UserError(f"data.path {file}: holds binary data, expected CSV text; set data.format if it is of another type")
     twice = next((name for i, name in enumerate(names) if name in names[:i]), None)
     if twice is not None:
         raise UserError(f"data.path {file}: two columns are named '{twice}', expected unique names; rename one")
+    other = next((c for c in ";\t,|" if len(names) == 1 and c in names[0]), None)
+    if other is not None:
+        wanted = "commas in a .csv, tabs in a .tsv"
+        raise UserError(f"data.path {file}: its columns seem to be separated by {other!r}, expected {wanted}; convert it")
+    if len(first) > len(names):
+        raise UserError(
+            f"data.path {file}: row 1 has {len(first)} values but the header {len(names)} names; mend the header or the row"
+        )
+    return names

@@ -135,7 +135,11 @@ def split(
         from mtrain.data.chem import scaffolds
 
         molecule_N, smiles = encode_categories(_as_text(column(spec.column)))
-        scaffold_N = encode_categories(scaffolds([*smiles.to_pylist(), None]))[0][molecule_N]  # -1, missing: the last
+        scaffold_M = scaffolds([*smiles.to_pylist(), None])
+        if all(text.startswith("invalid:") for text in scaffold_M):
+            found = f"found {smiles[0].as_py()!r}" if len(smiles) else "it is empty"
+            raise UserError(f"split.column: '{spec.column}' holds no SMILES that RDKit can parse ({found}); name another")
+        scaffold_N = encode_categories(scaffold_M)[0][molecule_N]  # -1, missing: the last
         groups = _joined(encode_categories(scaffold_N)[0], keys)
         if spec.balanced:
             part_N = _shuffled_groups(groups, fractions, _rng(seed, "scaffold"))

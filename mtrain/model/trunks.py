@@ -2,9 +2,10 @@
 
 The contract of a trunk, also for the user's own `nn.Module` named by its import path: it is built with `in_features`
 (the width of the inputs) if its signature has that argument, and `init_args` from the config; `forward(x_BF)` returns
-features `[B, D]`. It may take `keys_B`, the int64 keys of `mtrain.model.dropout`, so that its dropout depends on rows
-and not on how they are dealt to processes; and it may have an attribute `neck`, its last shared `nn.Linear`, which
-gradient-based balancing reads. D is `out_features`, or found by a trial pass.
+features `[B, D]` (or `[B, M, D]` with an attribute `members` = M: an ensemble in one network). It may take `keys_B`, the
+int64 keys of `mtrain.model.dropout`, so that its dropout depends on rows and not on how they are dealt to processes; and it
+may have an attribute `neck`, its last shared `nn.Linear`, which gradient-based balancing reads. D is `out_features`, or found
+by a trial pass.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from mtrain.components import build
 from mtrain.config import ModelConfig
@@ -22,10 +24,27 @@ from mtrain.model.dropout import Dropout
 from mtrain.model.heads import ACTIVATIONS
 
 
+class MemberLinear(nn.Module):
+    """M linear layers as one: `[B, in]` (shared input) or `[B, M, in]` to `[B, M, out]`, each initialised as nn.Linear."""
+
+    def __init__(self, members: int, in_features: int, out_features: int):
+        super().__init__()
+        bound = in_features**-0.5
+        self.weight = nn.Parameter(torch.empty(members, out_features, in_features).uniform_(-bound, bound))
+        self.bias = nn.Parameter(torch.empty(members, out_features).uniform_(-bound, bound))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.dim() == 2:
+            return F.linear(x, self.weight.flatten(0, 1), self.bias.flatten()).view(len(x), *self.bias.shape)
+        return torch.baddbmm(self.bias[:, None], x.transpose(0, 1), self.weight.mT).transpose(0, 1)
+
+
 class MLP(nn.Module):
     """Blocks of linear layer, normalisation, activation and dropout.
 
     Args:
+        members: M independent networks in one computation, each with heads and a loss of its own; their logits are averaged
+            in predictions (Lakshminarayanan et al. 2017, arXiv:1612.01474). Features are then `[B, M, D]`.
         widths: one block each.
         activation: of each block.
         norm: normalisation between linear layer and activation.
@@ -45,18 +64,23 @@ class MLP(nn.Module):
         input_dropout: float = 0.0,
         residual: bool = False,
         skip: bool = False,
+        members: int = 1,
     ):
         super().__init__()
+        if members < 1 or (members > 1 and norm == "batch"):
+            raise UserError(f"model.trunk: members is {members} with norm {norm}, expected >= 1, and without batch norm if > 1")
         if not widths or min(widths) < 1:
             raise UserError(f"model.trunk: widths are {widths}, expected at least one positive number")
         norms = {"none": nn.Identity, "layer": nn.LayerNorm, "batch": nn.BatchNorm1d}
         sizes = [in_features, *widths]
-        self.linears = nn.ModuleList(nn.Linear(a, b) for a, b in zip(sizes, widths, strict=False))
+        self.linears = nn.ModuleList(
+            nn.Linear(a, b) if members == 1 else MemberLinear(members, a, b) for a, b in zip(sizes, widths, strict=False)
+        )
         self.norms = nn.ModuleList(norms[norm](width) for width in widths)
         self.activation = ACTIVATIONS[activation][1]()
         self.input_dropout = Dropout(input_dropout, layer=0)
         self.dropouts = nn.ModuleList(Dropout(dropout, layer=i + 1) for i in range(len(widths)))
-        self.residual, self.skip = residual, skip
+        self.residual, self.skip, self.members = residual, skip, members
         self.out_features = widths[-1] + (in_features if skip else 0)
 
     @property
@@ -68,7 +92,9 @@ class MLP(nn.Module):
         for linear, norm, dropout in zip(self.linears, self.norms, self.dropouts, strict=True):
             out = dropout(self.activation(norm(linear(h))), keys_B)
             h = h + out if self.residual and h.shape == out.shape else out
-        return torch.cat([h, x], dim=1) if self.skip else h
+        if not self.skip:
+            return h
+        return torch.cat([h, x if h.dim() == 2 else x.unsqueeze(1).expand(-1, self.members, -1)], dim=-1)
 
 
 class Linear(nn.Module):
@@ -103,6 +129,9 @@ class SharedModel(nn.Module):
     def __init__(self, trunk: nn.Module, width: int, neck: int | None):
         super().__init__()
         self.trunk = trunk
+        self.members: int = getattr(trunk, "members", 1)
+        if neck is not None and self.members > 1:
+            raise UserError("model.neck: a trunk with several members has no common neck; leave it out")
         self.neck = nn.Identity() if neck is None else nn.Linear(width, neck)
         self.out_features = width if neck is None else neck
         self.takes_keys = "keys_B" in inspect.signature(trunk.forward).parameters

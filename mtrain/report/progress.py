@@ -12,13 +12,17 @@ PLAIN_EVERY_S = 10.0
 
 
 class TrainingProgress:
-    """Loss, selected metric, rows per second and time left. Use as a context manager around the loop."""
+    """Loss, selected metric, rows per second and time left. Use as a context manager around the loop.
 
-    def __init__(self, console: Console, title: str, total_steps: int, metric: str):
-        self.console, self.title, self.total, self.metric = console, title, total_steps, metric
-        self.fields: dict[str, Any] = {"loss": float("nan"), "score": float("nan"), "rows": 0.0}
+    Args:
+        start: steps that were done before.
+        metric: name of the selected metric; empty where none is evaluated.
+    """
+
+    def __init__(self, console: Console, title: str, start: int, total: int, metric: str):
+        self.console, self.title, self.start, self.total, self.metric = console, title, start, total, metric
+        self.known: dict[str, str] = {}
         self.started = self.last_line = time.monotonic()
-        self.first_step: int | None = None
         self.bar: Progress | None = None
 
     def __enter__(self) -> TrainingProgress:
@@ -27,15 +31,13 @@ class TrainingProgress:
                 TextColumn("{task.description}"),
                 BarColumn(),
                 TaskProgressColumn(),
-                TextColumn("loss {task.fields[loss]:.4f}"),
-                TextColumn(self.metric + " {task.fields[score]:.4f}"),
-                TextColumn("{task.fields[rows]:,.0f} rows/s"),
+                TextColumn("{task.fields[text]}"),
                 TimeRemainingColumn(),
                 console=self.console,
                 transient=True,
             )
             self.bar.start()
-            self.bar_task = self.bar.add_task(self.title, total=self.total, **self.fields)
+            self.bar_task = self.bar.add_task(self.title, total=self.total, completed=self.start, text="")
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -43,22 +45,17 @@ class TrainingProgress:
             self.bar.stop()
 
     def update(self, step: int, **fields: float) -> None:
-        """Show that `step` steps are done; fields not given keep their value."""
-        self.fields.update(fields)
+        """Show that `step` steps are done; `loss`, `score` and `rows` (a second) keep their value where not given."""
+        shown: dict[str, Any] = {"loss": "loss {:.4f}", "score": self.metric + " {:.4f}", "rows": "{:,.0f} rows/s"}
+        self.known |= {name: shown[name].format(value) for name, value in fields.items()}
+        text = "  ".join(self.known[name] for name in shown if name in self.known)
         if self.bar is not None:
-            self.bar.update(self.bar_task, completed=step, **self.fields)
+            self.bar.update(self.bar_task, completed=step, text=text)
             return
         now = time.monotonic()
-        if self.first_step is None:
-            self.first_step, self.started = step, now
         if now - self.last_line < PLAIN_EVERY_S:
             return
         self.last_line = now
-        done = step - self.first_step
-        left = f"{(self.total - step) * (now - self.started) / done:.0f} s left" if done else ""
-        self.console.print(
-            f"{self.title}: step {step}/{self.total}  loss {self.fields['loss']:.4f}  {self.metric} "
-            f"{self.fields['score']:.4f}  {self.fields['rows']:,.0f} rows/s  {left}".rstrip(),
-            highlight=False,
-            soft_wrap=True,
-        )
+        left = (self.total - step) * (now - self.started) / (step - self.start)
+        line = f"{self.title}: step {step}/{self.total}  {text}  {left:.0f} s left"
+        self.console.print(line, highlight=False, soft_wrap=True, markup=False)

@@ -15,6 +15,7 @@ from rich.table import Table
 from mtrain.config import Config
 from mtrain.data.batch import Grid
 from mtrain.data.prepare import Prepared, Source
+from mtrain.report.estimate import estimate
 
 SHOWN_TASKS = 20
 FIRST = ("skill", "roc_auc", "pr_auc", "accuracy", "f1", "brier", "ece", "mse", "mae", "r2", "ev", "pearson_r2", "ci")
@@ -105,6 +106,14 @@ def print_tasks(source: Source, data: Prepared, config: Config, console: Console
     console.print(f"split: {config.split.by}, rows: {sizes} (hash {data.split_hash})", highlight=False)
     if data.overlap is not None:
         console.print(f"test inputs that also occur in training: {data.overlap:.1%}", highlight=False)
+    needs = estimate(data, config)
+    console.print(
+        f"estimate: {(needs.data_bytes + needs.model_bytes) / 1e6:,.0f} MB for data, model and optimizers "
+        f"({needs.trunk_parameters:,} parameters in the trunk, {needs.head_parameters:,} in the heads), {needs.steps} steps, "
+        f"about {needs.seconds:,.0f} s on this machine's CPU",
+        highlight=False,
+        soft_wrap=True,
+    )
     print_notes(data.notes, console)
     for line in suspicious(source, data):
         console.print(f"suspicious: {line}", highlight=False, soft_wrap=True, markup=False)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import uuid
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +64,7 @@ class Checkpoints:
 
     def _write(self, path: Path, state: dict[str, Any]) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
-        for abandoned in self.folder.glob(f".{path.name}.*"):
+        for abandoned in self.folder.glob(".*.pt.*"):
             abandoned.unlink()
         unfinished = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
         try:
@@ -72,6 +73,7 @@ class Checkpoints:
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(unfinished, path)
+            _sync_folder(self.folder)
         except OSError as error:
             unfinished.unlink(missing_ok=True)
             raise UserError(f"checkpoint {path}: cannot be written: {error.strerror}; free space and start again") from error
@@ -81,6 +83,21 @@ class Checkpoints:
 
     def _read(self, path: Path) -> dict[str, Any]:
         try:
+            with zipfile.ZipFile(path) as archive:  # torch itself does not look at the checksums
+                if (bad := archive.testzip()) is not None:
+                    raise zipfile.BadZipFile(f"wrong checksum of {bad}")
             return torch.load(path, map_location="cpu", weights_only=True)
         except Exception as error:  # torch raises many types for a damaged file
-            raise UserError(f"checkpoint {path}: is damaged ({type(error).__name__}); remove it to use an older one") from None
+            raise UserError(
+                f"checkpoint {path}: is damaged ({type(error).__name__}: {error}); remove it to continue from the one before, "
+                "or from the start where there is none"
+            ) from None
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make a rename in the folder last through a loss of power."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

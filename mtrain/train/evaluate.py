@@ -12,13 +12,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from mtrain.data.batch import Batch
+from mtrain.data.batch import Batch, Grid
 from mtrain.data.loader import Part
 from mtrain.errors import UserError, nearest
 from mtrain.model.heads import HeadBank
 from mtrain.model.metrics import METRICS, Scored, ScoreOptions, best_f1_threshold, summarize
 from mtrain.tasks import TaskTable
-from mtrain.train.objective import Objective, Piece, pieces, routes
+from mtrain.train.objective import SCALE_FLOOR, Objective, Piece, pieces, routes
 
 EVAL_ROWS = 2048  # rows of a forward pass
 SKILL_FLOOR = -1.0  # skill has no lower bound: the mean over tasks clips here
@@ -26,7 +26,10 @@ HIGHER_IS_BETTER = {name: metric.higher_is_better for family in METRICS.values()
     "skill": True,
     "deviance": False,
 }
-RANKING = ("p_at_1", "p_at_3", "p_at_5")  # no value per task
+PERFECT = 1e-10  # deviance of a label from which on a constant is perfect: the task has no skill then
+
+
+Ints = NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -40,7 +43,7 @@ class Scores:
 
     def value(self, metric: str, reduce: str) -> float:
         """What a checkpoint is selected by; NaN where no task could be scored."""
-        found = self.summary[metric][reduce]
+        found = self.summary.get(metric, {}).get(reduce)
         return float("nan") if found is None else float(found)
 
 
@@ -69,7 +72,7 @@ class Evaluator:
             row[: len(logits)] = np.nan_to_num(logits)
         self.constant_TO = torch.from_numpy(constant_TO).to(device)
         self.center_T, self.scale_T = tasks.stats["center"], tasks.stats["scale"]
-        self.typical_T = np.maximum(np.nan_to_num(tasks.stats["typical_loss"], nan=1.0), 1e-12)
+        self.typical_T = np.maximum(np.nan_to_num(tasks.stats["typical_loss"], nan=1.0), SCALE_FLOOR)
 
     def metrics(self) -> list[str]:
         """Names of the metrics that this task table has."""
@@ -98,7 +101,7 @@ class Evaluator:
         deviance_T, constant_T = np.zeros((2, len(self.tasks)))
         count_T = np.zeros(len(self.tasks), dtype=np.int64)
         collected: dict[str, list[tuple[NDArray[Any], ...]]] = defaultdict(list)
-        for piece, row_P, task_P, at in self._run(x_NF, part):
+        for piece, row_P, task_P, at, original_P in self._run(x_NF, part):
             kind = self.objective.kinds[piece.group]
             constant = replace(piece, logits=self._constant_logits(piece))
             for total_T, which in ((deviance_T, piece), (constant_T, constant)):
@@ -112,11 +115,12 @@ class Evaluator:
             y_P = piece.y[at].double().cpu().numpy()
             if kind.standardized:
                 pred_P = pred_P * self.scale_T[task_P] + self.center_T[task_P]
-                y_P = y_P * self.scale_T[task_P] + self.center_T[task_P]
+                assert original_P is not None
+                y_P = original_P
             collected[kind.family].append((task_P, row_P, y_P, pred_P))
 
         with np.errstate(invalid="ignore", divide="ignore"):
-            skill_T = np.where(constant_T > 0, 1 - deviance_T / constant_T, np.nan)
+            skill_T = np.where(constant_T > PERFECT * count_T, 1 - deviance_T / constant_T, np.nan)
             per_task = {"skill": skill_T, "deviance": deviance_T / count_T}
             pooled_skill = 1 - (deviance_T / self.typical_T).sum() / (constant_T / self.typical_T).sum()
             pooled_deviance = (deviance_T / self.typical_T).sum() / count_T.sum()
@@ -124,12 +128,13 @@ class Evaluator:
             "skill": summarize(np.maximum(skill_T, SKILL_FLOOR), float(pooled_skill), True),
             "deviance": summarize(per_task["deviance"], float(pooled_deviance), False),
         }
-        pooled: dict[str, list[tuple[float, int]]] = defaultdict(list)
+        pooled: dict[str, list[tuple[float, int, int]]] = defaultdict(list)
         for family, found in collected.items():
             scored = _scored(found, len(self.tasks))
             if family == "binary" and choose_threshold:
                 threshold_T = best_f1_threshold(scored)
             options = ScoreOptions(self.min_per_class, threshold_T)
+            ranked = int(np.count_nonzero(scored.count_T))
             for name, metric in METRICS[family].items():
                 if only is not None and name not in only:
                     continue
@@ -137,42 +142,58 @@ class Evaluator:
                 if value_T is not None:
                     before = per_task.get(name)
                     per_task[name] = value_T if before is None else np.where(np.isnan(before), value_T, before)
-                pooled[name].append((metric.pooled(scored, options), len(scored.y_P)))
+                pooled[name].append((metric.pooled(scored, options), len(scored.y_P), ranked))
         for name, values in pooled.items():
-            together = float(np.average([v for v, _ in values], weights=[n for _, n in values]))
-            ranked = sum(task.kind.family == "binary" for task in self.tasks)
-            summary[name] = summarize(per_task.get(name), together, HIGHER_IS_BETTER[name], ranked)
+            together = float(np.average([value for value, _, _ in values], weights=[labels for _, labels, _ in values]))
+            num_ranked = sum(ranked for _, _, ranked in values)
+            summary[name] = summarize(per_task.get(name), together, HIGHER_IS_BETTER[name], num_ranked)
         return Scores(per_task, summary, count_T, threshold_T)
 
     def predict(self, x_NF: Tensor) -> Iterator[tuple[NDArray[np.int64], NDArray[np.float64]]]:
         """Predictions of every row for every task in original units, group by group: task ids `[A]`, values `[N, A, O]`."""
         with _evaluating(self.model, self.bank), torch.no_grad():
             z_ND = torch.cat([self.model(x.to(self.device)).float() for x in x_NF.split(EVAL_ROWS)])
-            for group in self.bank.groups:
-                labels = z_ND.new_zeros(1, len(group.task_ids))
-                piece = Piece(0, group, group.task_ids, None, [], group.grid(z_ND), labels, None, None)
-                task_A = group.task_ids.cpu().numpy()
+            labels = Grid(z_ND.new_zeros(1, len(self.tasks)))
+            for piece in self._averaged(list(pieces(self.bank, z_ND, labels, []))):
+                task_A = piece.task_A.cpu().numpy()
                 value_NAO = self.objective.predict(piece).double().cpu().numpy()
-                if self.objective.kinds[group].standardized:
+                if self.objective.kinds[piece.group].standardized:
                     value_NAO = value_NAO * self.scale_T[task_A, None] + self.center_T[task_A, None]
                 yield task_A, value_NAO
 
-    def _run(self, x_NF: Tensor, part: Part) -> Iterator[tuple[Piece, NDArray[np.int64], NDArray[np.int64], Any]]:
-        """Pieces of all batches, with row and task of each label, and where in a value per label they are."""
+    def _run(self, x_NF: Tensor, part: Part) -> Iterator[tuple[Piece, Ints, Ints, Any, NDArray[np.float64] | None]]:
+        """Pieces of all batches; of each label the row, the task, where it is in the piece, and its original value."""
         with _evaluating(self.model, self.bank), torch.no_grad():
             for at_B in torch.arange(part.num_rows).split(EVAL_ROWS):
                 batch: Batch = part.batch(x_NF, at_B)
+                original = None if part.original is None else part.original.take(at_B)
                 needed = routes(self.bank, batch.labels)
                 row_of_B = batch.row_B.numpy()
                 batch = batch.to(self.device)
                 z_BD = self.model(batch.x_BF).float()
-                for i, piece in enumerate(pieces(self.bank, z_BD, batch.labels, needed)):
-                    if piece.slot_P is None:
-                        row_P, slot_P = (~piece.y.isnan()).nonzero(as_tuple=True)
+                for i, piece in enumerate(self._averaged(list(pieces(self.bank, z_BD, batch.labels, needed)))):
+                    if piece.present is not None:
+                        row_P, slot_P = piece.present.nonzero(as_tuple=True)
                         at: Any = (row_P, slot_P)
                     else:
+                        assert piece.slot_P is not None
                         row_P, slot_P, at = needed[i].row_P, piece.slot_P, slice(None)
-                    yield piece, row_of_B[row_P.cpu().numpy()], piece.task_A[slot_P].cpu().numpy(), at
+                    row_P, task_P = row_P.cpu(), piece.task_A[slot_P].cpu()
+                    y_P = None
+                    if isinstance(original, Grid):
+                        y_P = original.y_BT[row_P, task_P].numpy()
+                    elif original is not None:
+                        y_P = original.y_P[needed[i].label_P % len(original.y_P)].numpy()
+                    yield piece, row_of_B[row_P.numpy()], task_P.numpy(), at, y_P
+
+    def _averaged(self, found: list[Piece]) -> list[Piece]:
+        """The pieces of an ensemble's members, which follow each other, as one with the mean of their logits."""
+        members = len(self.bank.names) // len(self.tasks)
+        if members == 1:
+            return found
+        groups = len(found) // members
+        logits = [torch.stack([piece.logits for piece in found[i::groups]]).mean(0) for i in range(groups)]
+        return [replace(piece, logits=mean) for piece, mean in zip(found, logits, strict=False)]
 
     def _constant_logits(self, piece: Piece) -> Tensor:
         logits_AO = self.constant_TO[piece.task_A][:, : piece.logits.shape[-1]]

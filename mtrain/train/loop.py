@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 import resource
+import signal
 import sys
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,7 +23,7 @@ from rich.console import Console
 
 from mtrain.balance import BALANCERS
 from mtrain.components import build
-from mtrain.config import Config
+from mtrain.config import Config, TrainConfig
 from mtrain.data.batch import Pairs
 from mtrain.data.loader import Loader, Part, RoutedLoader, RowLoader
 from mtrain.data.prepare import Prepared
@@ -41,24 +43,32 @@ from mtrain.train.tracker import Tracker
 DEFAULT_EPOCHS = 30.0
 
 
-def build_bank(tasks: TaskTable, config: Config, in_features: int) -> HeadBank:
-    head = config.model.head
+def build_bank(tasks: TaskTable, config: Config, shared: SharedModel) -> HeadBank:
+    """The heads of all tasks; for a trunk with several members, of all tasks and members."""
+    head, members = config.model.head, range(shared.members)
     bank = HeadBank(
-        tasks.names,
-        tasks.num_outputs_T.tolist(),
-        in_features,
+        [name if m == 0 else f"{name}, member {m}" for m in members for name in tasks.names],
+        tasks.num_outputs_T.tolist() * len(members),
+        shared.out_features,
         hidden=head.hidden,
         activation=head.activation,
         dropout=head.dropout,
-        keys=[task.kind.group_key for task in tasks],
+        keys=[(m, task.kind.group_key) for m in members for task in tasks],
         seed=config.train.seed,
     )
-    if head.toward_shared:
-        with torch.no_grad():
-            for group in bank.groups:
+    with torch.no_grad():
+        for group in bank.groups:
+            if head.toward_shared:
                 largest = int(np.argmax(group.sizes))
                 for stack in group.parameters():
                     stack.copy_(stack[largest].expand_as(stack).clone())
+                if group.pad_TO is not None:
+                    group.weights[-1][group.pad_TO] = 0
+                    group.biases[-1][group.pad_TO] = 0
+            if head.bias == "constant":
+                constants = [tasks.stats["constant"][int(t) % len(tasks)] for t in group.task_ids]
+                for bias, logits in zip(group.biases[-1], constants, strict=True):
+                    bias[: len(logits)] = torch.from_numpy(np.nan_to_num(logits))
     return bank
 
 
@@ -84,15 +94,12 @@ def joined(parts: list[Part], num_tasks: int) -> Part:
     pairs = [part.labels.pairs() for part in parts]
     offsets = np.cumsum([0, *(part.num_rows for part in parts)])
     row_P = torch.cat([position[p.row_P + int(offset)] for p, offset in zip(pairs, offsets, strict=False)])
-    weight_R = None
-    if pairs[0].weight_B is not None:
-        weight_R = torch.zeros(len(row_R))
-        weight_R[position] = torch.cat([p.weight_B for p in pairs if p.weight_B is not None])
+    weights = [p.weight_P for p in pairs if p.weight_P is not None]
     labels = Pairs.of(
         row_P,
         torch.cat([p.task_P for p in pairs]),
         torch.cat([p.y_P for p in pairs]),
-        weight_R,
+        torch.cat(weights) if weights else None,
         len(row_R),
         num_tasks,
     )
@@ -130,6 +137,7 @@ class Phase:
     total_steps: int
     """End of the learning rate's course."""
     stop_step: int
+    eval_every: int
     steps_per_epoch: int
     loader: Loader = field(repr=False)
 
@@ -147,6 +155,7 @@ class Trainer:
         self.run_id: str | None = None
         self.seconds = 0.0
         self.rows = 0
+        self.state = run_dir.checkpoints.latest()
         self._build()
         self.evaluator.check_metric(config.select.metric)
         self.selection = Selection(HIGHER_IS_BETTER[config.select.metric])
@@ -154,22 +163,32 @@ class Trainer:
     def _build(self) -> None:
         """Model, optimizers and step at their start; a refit begins here again."""
         config, train, device = self.config, self.config.train, self.accelerator.device
+        self.accelerator.free_memory()
+        self.bad_steps = 0
         self.shared: SharedModel = build_shared(config.model, self.prepared.x_NF.shape[1], train.seed)
-        self.bank = build_bank(self.tasks, config, self.shared.out_features).to(device)
+        self.bank = build_bank(self.tasks, config, self.shared).to(device)
         if config.init_from:
-            load_start(RunDir(Path(config.init_from)), self.shared, self.bank)
+            taken = load_start(RunDir(Path(config.init_from)), self.tasks, self.shared, self.bank)
+            if self.state is None:
+                fresh = len(self.tasks) - len(taken)
+                self.console.print(f"init_from: trunk and {len(taken)} heads taken over, {fresh} heads start fresh")
         if "trunk" in config.freeze:
-            self.shared.requires_grad_(False)
+            self.shared.requires_grad_(False).eval()
         parameters = [p for p in self.shared.parameters() if p.requires_grad]
         trunk_optimizer = None
         if parameters:
-            trunk_optimizer = torch.optim.AdamW(parameters, lr=train.lr, weight_decay=train.weight_decay, fused=True)
+            trunk_optimizer = torch.optim.AdamW(
+                parameters, lr=train.lr, betas=train.betas, weight_decay=train.weight_decay, fused=True
+            )
         head_optimizer = None
-        if "heads" not in config.freeze:
+        if "heads" in config.freeze:
+            self.bank.eval()
+        else:
             decay = train.head_weight_decay
             head_optimizer = HeadAdamW(
                 self.bank,
                 lr=train.head_lr or train.lr,
+                betas=train.betas,
                 weight_decay=train.weight_decay if decay is None else decay,
                 max_norm=train.head_clip,
             )
@@ -201,7 +220,7 @@ class Trainer:
         )
 
     def run(self) -> dict[str, Any]:
-        state = self.run_dir.checkpoints.latest()
+        state, self.state = self.state, None
         if state is not None:
             vars(self.selection).update(state["selection"])
             self.seconds, self.rows, self.run_id = state["seconds"], state["rows"], state["run_id"]
@@ -221,7 +240,7 @@ class Trainer:
         scores: dict[str, Scores] = {}
         if "valid" in parts:
             scores["valid"] = self.evaluator.score(x_NF, parts["valid"], choose_threshold=True)
-        if self.config.split.refit and "valid" in parts:
+        if self.config.split.refit:
             self._build()
             phase = self._phase("refit", joined([parts["train"], parts["valid"]], len(self.tasks)), fit_steps)
             self._train(phase, state if in_refit else None)
@@ -234,46 +253,51 @@ class Trainer:
         train = self.config.train
         loader = build_loader(self.prepared, self.config, part, self.sampling_T)
         per_epoch = loader.steps_per_epoch
-        total = max(1, train.steps or round((train.epochs or DEFAULT_EPOCHS) * per_epoch))
+        total = training_steps(train, per_epoch)
         stop = total
         if name == "refit":  # as many passes as the selected step had, on the same course of the learning rate
             growth = 1.0 if train.steps else per_epoch / self.selection.steps_per_epoch
             stop = max(1, round(self.selection.step * growth))
-        return Phase(name, part, offset, total, stop, per_epoch, loader)
+        return Phase(name, part, offset, total, stop, max(1, round(train.eval_every * per_epoch)), per_epoch, loader)
 
     def _train(self, phase: Phase, state: dict[str, Any] | None) -> int:
-        """Train a phase to its end; returns the number of its last step."""
-        step = 0
+        """Train a phase to its end; returns the number of its last step.
+
+        Raises:
+            KeyboardInterrupt: Ctrl-C was pressed; the step was finished and a checkpoint written.
+        """
+        step, select = 0, self.config.select
+        totals = Totals(len(self.tasks), self.accelerator.device)
         if state is not None:
             step = state["step"]
-            self._load_state(state, phase)
-            self.run_dir.cut_log(phase.offset + step)
+            self._load_state(state, phase, totals)
             self.console.print(f"continuing at step {step} of {phase.stop_step}", highlight=False)
-        config, select = self.config.train, self.config.select
+        self.run_dir.cut_log(phase.offset + step)
         evaluates = phase.name == "fit" and "valid" in self.prepared.parts
-        every = max(1, round(config.eval_every * phase.steps_per_epoch))
-        totals = Totals(len(self.tasks), self.accelerator.device)
         title = {"fit": "training", "refit": "refitting"}[phase.name]
-        started = logged = time.monotonic()
-        with TrainingProgress(self.console, title, phase.stop_step, f"{select.reduce} {select.metric}") as progress:
+        metric = f"{select.reduce} {select.metric}" if evaluates else ""
+        saved = time.monotonic()
+        with TrainingProgress(self.console, title, step, phase.stop_step, metric) as progress, _interrupts() as interrupted:
             while step < phase.stop_step and not (evaluates and self._out_of_patience()):
+                started = time.monotonic()
                 self._set_lr(step, phase.total_steps)
-                with _out_of_memory(self.config):
-                    self.stepper(phase.loader.batch(step), step, totals)
+                self.stepper(phase.loader.batch(step), step, totals)
+                totals.seconds += time.monotonic() - started
                 step += 1
-                last = step == phase.stop_step
-                if step % config.log_every == 0 or last:
-                    now = time.monotonic()
-                    loss = self._log(phase, step, totals, now - logged)
-                    progress.update(step, loss=loss, rows=totals.rows / (now - logged))
-                    self.rows += totals.rows
-                    totals, logged = Totals(len(self.tasks), self.accelerator.device), now
-                if step % every == 0 or last:
-                    if evaluates:
-                        self._evaluate(phase, step, progress)
-                    self.seconds += time.monotonic() - started
-                    started = time.monotonic()
-                    self._save(phase, step)
+                due = step % phase.eval_every == 0 or step == phase.stop_step
+                if due and evaluates:
+                    self._evaluate(phase, step, progress)
+                last = step == phase.stop_step or (evaluates and self._out_of_patience())
+                if step % self.config.train.log_every == 0 or last:
+                    self._log(phase, step, totals, progress)
+                    totals = Totals(len(self.tasks), self.accelerator.device)
+                if due or interrupted():
+                    self.seconds += time.monotonic() - saved
+                    saved = time.monotonic()
+                    self._save(phase, step, totals)
+                if interrupted():
+                    self.console.print(f"step {step} is saved; the same command continues the run", highlight=False)
+                    raise KeyboardInterrupt
         if phase.name == "refit":
             self.run_dir.checkpoints.save_refit(self._model_state(step))
         elif not evaluates:
@@ -288,7 +312,7 @@ class Trainer:
         select = self.config.select
         scores = self.evaluator.score(self.prepared.x_NF, self.prepared.parts["valid"], only={select.metric})
         value = scores.value(select.metric, select.reduce)
-        if self.selection.improves(value):
+        if self.selection.improves(value) or select.checkpoint == "last":
             self.selection.step, self.selection.steps_per_epoch = step, phase.steps_per_epoch
             self.run_dir.checkpoints.save_best(self._model_state(step))
         elif math.isnan(self.selection.value):
@@ -301,8 +325,8 @@ class Trainer:
         self.tracker.log(values, phase.offset + step)
         progress.update(step, score=value)
 
-    def _log(self, phase: Phase, step: int, totals: Totals, seconds: float) -> float:
-        """Write a line of the curve; returns the mean loss of its steps."""
+    def _log(self, phase: Phase, step: int, totals: Totals, progress: TrainingProgress) -> None:
+        """Write a line of the curve, and stop where too many steps were not finite."""
         loss = float(totals.loss) / max(totals.steps, 1)
         line: dict[str, Any] = {
             "step": phase.offset + step,
@@ -310,28 +334,31 @@ class Trainer:
             "epoch": step / phase.steps_per_epoch,
             "loss": loss if math.isfinite(loss) else None,
             "lr": self.optimizers[0].param_groups[0]["lr"],
-            "rows_per_second": totals.rows / seconds,
+            "rows_per_second": totals.rows / totals.seconds if totals.seconds else 0.0,
         }
-        bad_task_steps = int(totals.bad_T.max())
+        self.rows += totals.rows
+        bad_task_steps, num_bad = int(totals.bad_T.max()), int((totals.bad_T > 0).sum())
         if bad_task_steps or totals.skipped:
-            worst = self.tasks[int(totals.bad_T.argmax())].name
-            line |= {"bad_task_steps": bad_task_steps, "skipped_steps": totals.skipped}
-            what = f"the loss of task '{worst}'" if bad_task_steps else "the trunk's gradient"
-            self.console.print(
-                f"step {phase.offset + step}: {what} was not finite in {bad_task_steps or totals.skipped} of the last "
-                f"{totals.steps} steps and was left out",
-                highlight=False,
-                soft_wrap=True,
-            )
+            line |= {"bad_task_steps": bad_task_steps, "bad_tasks": num_bad, "skipped_steps": totals.skipped}
+            worst = self.tasks[int(totals.bad_T.argmax())].name + (f"' and {num_bad - 1} more" if num_bad > 1 else "'")
+            for what, count in ((f"the loss of task '{worst}", bad_task_steps), ("the trunk's gradient", totals.skipped)):
+                if count:
+                    self.console.print(
+                        f"step {phase.offset + step}: {what} was not finite in {count} of the last {totals.steps} steps "
+                        "and was left out",
+                        highlight=False,
+                        soft_wrap=True,
+                        markup=False,
+                    )
         self.run_dir.log(line)
         self.tracker.log({k: v for k, v in line.items() if isinstance(v, int | float)}, phase.offset + step)
-        self.stepper.bad_steps += bad_task_steps + totals.skipped
-        if self.stepper.bad_steps > self.config.train.max_bad_steps:
+        progress.update(step, loss=loss, rows=line["rows_per_second"])
+        self.bad_steps += bad_task_steps + totals.skipped
+        if self.bad_steps > self.config.train.max_bad_steps:
             raise UserError(
-                f"{self.stepper.bad_steps} steps had a loss or gradient that was not finite, more than "
+                f"{self.bad_steps} steps had a loss or gradient that was not finite, more than "
                 f"train.max_bad_steps ({self.config.train.max_bad_steps}); lower train.lr or set train.clip"
             )
-        return loss
 
     def _set_lr(self, step: int, total: int) -> None:
         factor = lr_factor(step, total, self.config.train.warmup, self.config.train.decay)
@@ -346,10 +373,13 @@ class Trainer:
         self.shared.load_state_dict(state["shared"])
         self.bank.load_state_dict(state["bank"])
 
-    def _save(self, phase: Phase, step: int) -> None:
+    def _save(self, phase: Phase, step: int, totals: Totals) -> None:
         state = self._model_state(step) | {
             "phase": phase.name,
             "offset": phase.offset,
+            "total_steps": phase.total_steps,
+            "totals": vars(totals),
+            "bad_steps": self.bad_steps,
             "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
             "stepper": self.stepper.state_dict(),
             "loader": phase.loader.state_dict(),
@@ -360,8 +390,15 @@ class Trainer:
         }
         self.run_dir.checkpoints.save(phase.offset + step, state)
 
-    def _load_state(self, state: dict[str, Any], phase: Phase) -> None:
+    def _load_state(self, state: dict[str, Any], phase: Phase, totals: Totals) -> None:
+        if phase.name == "refit" and state["total_steps"] != phase.total_steps:
+            raise UserError(
+                f"train.epochs or train.steps: {state['total_steps']} -> {phase.total_steps} steps, but this run has been "
+                "refitted with what was selected; start a new run"
+            )
         self._load_model(state)
+        totals.load_state_dict(state["totals"])
+        self.bad_steps = state["bad_steps"]
         for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
         self.stepper.load_state_dict(state["stepper"])
@@ -402,6 +439,11 @@ class Trainer:
         return summary
 
 
+def training_steps(config: TrainConfig, steps_per_epoch: int) -> int:
+    """Length of a training in steps."""
+    return config.steps or max(1, round((config.epochs or DEFAULT_EPOCHS) * steps_per_epoch))
+
+
 def lr_factor(step: int, total: int, warmup: float, decay: str) -> float:
     """Learning rate of a step as a share of its peak: a linear rise, then constant, or linear or cosine down to 0."""
     rise = round(warmup * total)
@@ -423,23 +465,27 @@ def peak_memory_mb(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6
 
 
-def load_start(run: RunDir, shared: SharedModel, bank: HeadBank) -> list[str]:
-    """Start from another run: its trunk, and the heads of tasks with the same name and shape; returns their names.
+def load_start(run: RunDir, tasks: TaskTable, shared: SharedModel, bank: HeadBank) -> list[str]:
+    """Start from another run: its trunk, and the heads of tasks with the same name, kind, classes and shape; returns the
+    tasks whose heads were taken over.
 
     Raises:
         UserError: the trunks differ; the first differing parameter is named.
     """
-    state = run.splits()[0].checkpoints.model()
+    one = run.splits()[0]
+    state, other_tasks, config = one.checkpoints.model(), one.tasks(), one.config()
     own = shared.state_dict()
     for name in sorted(own.keys() | state["shared"].keys()):
         here, there = (list(s[name].shape) if name in s else "absent" for s in (own, state["shared"]))
         if here != there:
             raise UserError(f"init_from {run.path}: '{name}' is {there} there and {here} here; use the same trunk and inputs")
     shared.load_state_dict(state["shared"])
-    config = run.config()
-    other = build_bank(run.splits()[0].tasks(), config, shared.out_features)
+    other = build_bank(other_tasks, config, shared)
     other.load_state_dict(state["bank"])
-    return bank.copy_heads(other)
+    like = {task.name: (task.kind.name, task.classes) for task in other_tasks}
+    same = {task.name for task in tasks if like.get(task.name) == (task.kind.name, task.classes)}
+    taken = bank.copy_heads(other, {name for t, name in enumerate(bank.names) if tasks[t % len(tasks)].name in same})
+    return [name for name in taken if name in same]
 
 
 def _size(module: torch.nn.Module) -> int:
@@ -447,14 +493,21 @@ def _size(module: torch.nn.Module) -> int:
 
 
 @contextmanager
-def _out_of_memory(config: Config) -> Iterator[None]:
+def _interrupts() -> Iterator[Callable[[], bool]]:
+    """Ctrl-C is noticed at the end of a step: gives a function that says whether it was pressed. A second one stops at
+    once."""
+    pressed: list[bool] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: False
+        return
+
+    def handle(number: int, frame: Any) -> None:
+        if pressed:
+            raise KeyboardInterrupt
+        pressed.append(True)
+
+    before = signal.signal(signal.SIGINT, handle)
     try:
-        yield
-    except (RuntimeError, MemoryError) as error:
-        text = str(error).lower()
-        if isinstance(error, torch.OutOfMemoryError | MemoryError) or "not enough memory" in text or "out of memory" in text:
-            size = config.train.micro_batch or config.train.global_batch
-            raise UserError(
-                f"out of memory: lower train.micro_batch (now {size} rows at a time) or the model's widths"
-            ) from None
-        raise
+        yield lambda: bool(pressed)
+    finally:
+        signal.signal(signal.SIGINT, before or signal.SIG_DFL)

@@ -20,7 +20,6 @@ from mtrain.model.heads import HeadBank, HeadGroup, Route
 from mtrain.model.kinds import Kind, Params
 from mtrain.tasks import TaskTable
 
-PARAMS = ("pos_weight",)  # statistics of the task table that kinds read
 SCALE_FLOOR = 1e-3  # a task whose constant predictor is almost perfect does not get an endless weight
 
 
@@ -28,8 +27,9 @@ SCALE_FLOOR = 1e-3  # a task whose constant predictor is almost perfect does not
 class Piece:
     """The labels of one head group in a batch, with the logits for them.
 
-    Grid: logits `[B, A, O]`, labels `[B, A]` with NaN = missing. Routed and pairs: logits `[P, O]`, labels `[P]`,
-    sorted by task, and `slot_P` says which of the A active tasks a label belongs to.
+    Grid: logits `[B, A, O]`, labels `[B, A]` with NaN = missing, and where they are `present`. Routed and pairs: logits
+    `[P, O]`, labels `[P]`, sorted by task, and `slot_P` says which of the A active tasks a label belongs to.
+    `active_A` are the tasks' places in the group, on the CPU, as the optimizer wants them; None: all.
     """
 
     number: int
@@ -41,6 +41,11 @@ class Piece:
     y: Tensor
     weight: Tensor | None
     slot_P: Tensor | None
+    present: Tensor | None
+
+    def count_A(self) -> Tensor:
+        """Labels of each active task."""
+        return self.sum(torch.ones_like(self.y) if self.present is None else self.present)
 
     def sum(self, value: Tensor) -> Tensor:
         """Per active task, a value per label that is 0 where the label is missing."""
@@ -55,33 +60,49 @@ class Piece:
 
 def routes(bank: HeadBank, labels: Labels) -> list[Route]:
     """Which heads the labels of a batch need; computed on the CPU, before the batch moves to the device."""
-    return [] if isinstance(labels, Grid) else bank.route(labels.task_P, labels.row_P)
+    if isinstance(labels, Grid):
+        return []
+    members = len(bank.names) // labels.num_tasks
+    offset_M1 = torch.arange(members).unsqueeze(1) * labels.num_tasks
+    return bank.route((labels.task_P + offset_M1).flatten(), labels.row_P.repeat(members))
 
 
 def pieces(bank: HeadBank, z_BD: Tensor, labels: Labels, routes: list[Route], keys_B: Tensor | None = None) -> Iterator[Piece]:
-    """Run the heads that a batch's labels need: grid kernels for grids, routed kernels for pairs."""
+    """Run the heads that a batch's labels need: grid kernels for grids, routed kernels for pairs.
+
+    Each member of an ensemble (`z` is `[B, M, D]`) has its own heads: head t of member m is number m * T + t of the bank.
+    """
+    num_tasks = labels.y_BT.shape[1] if isinstance(labels, Grid) else labels.num_tasks
+
+    def of_member(number: int) -> tuple[Tensor, int]:
+        member = int(bank.ids[number][0]) // num_tasks
+        return (z_BD if z_BD.dim() == 2 else z_BD[:, member]), member * num_tasks
+
     if isinstance(labels, Grid):
         weight = None if labels.weight_B is None else labels.weight_B[:, None]
         for number, group in enumerate(bank.groups):
-            y = labels.y_BT if len(bank.groups) == 1 else labels.y_BT[:, group.task_ids]
+            z, first = of_member(number)
+            task_A = group.task_ids - first
+            y = labels.y_BT if len(task_A) == num_tasks else labels.y_BT[:, task_A]
             stacks = list(group.parameters())
-            yield Piece(number, group, group.task_ids, None, stacks, group.grid(z_BD, stacks, keys_B), y, weight, None)
+            yield Piece(number, group, task_A, None, stacks, group.grid(z, stacks, keys_B), y, weight, None, ~y.isnan())
         return
-    for route in routes:
-        route = route.to(z_BD.device)
+    for planned in routes:
+        z, first = of_member(planned.group)
+        route = planned.to(z.device)
         group = bank.groups[route.group]
         params = group.gather(route.active_A)
-        weight = None if labels.weight_B is None else labels.weight_B[route.row_P]
         yield Piece(
             route.group,
             group,
-            route.task_A,
-            route.active_A,
+            route.task_A - first,
+            planned.active_A,
             params,
-            group.routed(z_BD, route, params, keys_B),
-            labels.y_P[route.label_P],
-            weight,
+            group.routed(z, route, params, keys_B),
+            labels.y_P[route.label_P % len(labels.y_P)],
+            None if labels.weight_P is None else labels.weight_P[route.label_P % len(labels.y_P)],
             route.slot_P,
+            None,
         )
 
 
@@ -102,15 +123,16 @@ class Objective:
         sampling_T: NDArray[np.float64] | None,
         device: torch.device,
     ):
-        self.kinds: dict[HeadGroup, Kind] = {group: tasks[int(group.task_ids[0])].kind for group in bank.groups}
-        names = {name for kind in set(self.kinds.values()) for name in PARAMS if name in tasks.stats}
+        self.kinds: dict[HeadGroup, Kind] = {group: tasks[int(group.task_ids[0]) % len(tasks)].kind for group in bank.groups}
+        names = {name for kind in self.kinds.values() for name in kind.param_names}
         self.params_T = {name: torch.tensor(tasks.stats[name], dtype=torch.float32, device=device) for name in names}
         self.params_T["num_outputs"] = torch.tensor(tasks.num_outputs_T, device=device)
         coefficient_T = coefficients(tasks, config, sampling_T)
         self.coefficient_T = torch.tensor(coefficient_T, dtype=torch.float32, device=device)
 
     def params(self, piece: Piece) -> Params:
-        return {name: piece.spread(value_T[piece.task_A]) for name, value_T in self.params_T.items()}
+        names = ("num_outputs", *self.kinds[piece.group].param_names)
+        return {name: piece.spread(self.params_T[name][piece.task_A]) for name in names}
 
     def losses(self, piece: Piece) -> Tensor:
         """Weighted loss of each label; 0, with a gradient of 0, where it is missing."""
@@ -124,11 +146,10 @@ class Objective:
         return self.kinds[piece.group].predict(piece.logits.float(), self.params(piece))
 
     def _each(self, piece: Piece, function: Any, weighted: bool = True) -> Tensor:
-        logits, y = piece.logits.float(), piece.y
-        present = None
-        if piece.slot_P is None:
-            present = ~y.isnan()
+        logits, y, present = piece.logits.float(), piece.y, piece.present
+        if present is not None:  # no value or gradient of a missing label is looked at, so none can be NaN
             y = torch.where(present, y, 0)
+            logits = torch.where(present.unsqueeze(-1), logits, 0)
         value = function(logits, y, self.params(piece))
         if weighted and piece.weight is not None:
             value = value * piece.weight

@@ -17,13 +17,15 @@ from torch import Tensor
 
 from mtrain.model.heads import HeadBank
 
-LARGE_HEAD = 1024  # elements; below it a call of the fused kernel for each head costs more on a CPU than passes over all
+LARGE_HEAD = (
+    1024  # elements; below it a call of the fused kernel for each head costs more on a CPU than passes over all
+)
 
 
 @dataclass(frozen=True)
 class HeadUpdate:
     """Gradients of the heads `active_A` (ids inside group number `group`; None = all of them in order), one `[A, ...]`
-    for each of the group's parameters, in their order. Give `active_A` on the CPU: its values are read there."""
+    for each of the group's parameters, in their order."""
 
     group: int
     grads: Sequence[Tensor]
@@ -52,7 +54,8 @@ class HeadAdamW(torch.optim.Optimizer):
         max_norm: float | None = None,
     ):
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "max_norm": max_norm}
-        self._heads: dict[Tensor, tuple[int, list[list[Tensor]]]] = {}
+        defaults["fused"] = True  # so that loading brings step counts to the parameters' device
+        self._heads: dict[Tensor, tuple[list[int], list[list[Tensor]]]] = {}
         super().__init__([{"params": list(group.parameters())} for group in bank.groups], defaults)
         for group in self.param_groups:
             for p in group["params"]:
@@ -64,7 +67,7 @@ class HeadAdamW(torch.optim.Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._heads = {}  # loading replaced the stacks
+        self._heads = {}
 
     def _stacks(self, p: Tensor) -> list[Tensor]:
         """The parameter's stacks in the order in which the fused kernel takes them, step counts last."""
@@ -72,9 +75,11 @@ class HeadAdamW(torch.optim.Optimizer):
         return [p.detach(), state["exp_avg"], state["exp_avg_sq"], state["step"]]
 
     def _views(self, p: Tensor) -> list[list[Tensor]]:
-        """Each head's own slice of `_stacks`, made once."""
-        if p not in self._heads or self._heads[p][0] != p.data_ptr():
-            self._heads[p] = p.data_ptr(), [list(stack.unbind()) for stack in self._stacks(p)]
+        """Each head's own slice of `_stacks`, made anew only when a stack was replaced."""
+        stacks = self._stacks(p)
+        where = [stack.data_ptr() for stack in stacks]
+        if p not in self._heads or self._heads[p][0] != where:
+            self._heads[p] = where, [list(stack.unbind()) for stack in stacks]
         return self._heads[p][1]
 
     @torch.no_grad()
@@ -94,7 +99,6 @@ class HeadAdamW(torch.optim.Optimizer):
         grads = [grad.contiguous() for grad in update.grads]
         if options["max_norm"] is not None:
             grads = clip_per_head(grads, options["max_norm"])
-        ids = None if active_A is None else active_A.tolist()
         weights, fused_grads, means, squares, steps = fused = [list[Tensor]() for _ in range(5)]
         for p, grad in zip(options["params"], grads, strict=True):
             step_T = self.state[p]["step"]
@@ -103,6 +107,7 @@ class HeadAdamW(torch.optim.Optimizer):
                 stack, mean, square, _ = self._stacks(p)
                 pieces: list[Iterable[Tensor]] = [[stack], [grad], [mean], [square], [step_T[0]]]
             elif p.device.type == "cpu" and p[0].numel() >= LARGE_HEAD:
+                ids = None if active_A is None else active_A.tolist()
                 slices = [views if ids is None else map(views.__getitem__, ids) for views in self._views(p)]
                 pieces = [slices[0], grad.unbind(), *slices[1:]]
             else:
@@ -128,7 +133,9 @@ class HeadAdamW(torch.optim.Optimizer):
                 maximize=False,
             )
 
-    def _update_rows(self, stacks: list[Tensor], grad: Tensor, active_A: Tensor | None, options: dict[str, Any]) -> None:
+    def _update_rows(
+        self, stacks: list[Tensor], grad: Tensor, active_A: Tensor | None, options: dict[str, Any]
+    ) -> None:
         if active_A is not None:
             active_A = active_A.to(grad.device)
         weight, mean, square, step = stacks if active_A is None else [s.index_select(0, active_A) for s in stacks]

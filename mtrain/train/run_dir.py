@@ -55,7 +55,7 @@ class RunDir:
                     f"run_dir {self.path}: holds a run with another configuration: {'; '.join(changed[:3])}{more}; "
                     "choose another --run_dir or remove it"
                 )
-        elif self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
+        elif self.path.exists() and not (self.path.is_dir() and all(p.name.startswith(".") for p in self.path.iterdir())):
             raise UserError(f"run_dir {self.path}: exists and is not a run; choose another --run_dir")
         try:
             self.path.mkdir(parents=True, exist_ok=True)
@@ -98,10 +98,11 @@ class RunDir:
             file.write(json.dumps(line, allow_nan=False) + "\n")
 
     def cut_log(self, step: int) -> None:
-        """Forget the lines after a step, which a resumed run writes again."""
+        """Forget the lines after a step, and a line that was cut short: a resumed run writes them again."""
         path = self.path / "metrics.jsonl"
         if path.is_file():
-            kept = [line for line in path.read_text().splitlines() if line and json.loads(line)["step"] <= step]
+            whole = path.read_text().split("\n")[:-1]
+            kept = [line for line in whole if json.loads(line)["step"] <= step]
             self._write_text("metrics.jsonl", "".join(line + "\n" for line in kept))
 
     def _write_text(self, name: str, text: str) -> None:
@@ -112,21 +113,19 @@ class RunDir:
 
 def average_summaries(summaries: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Mean of each number over split seeds, with `sd` (n - 1) of each metric's reductions beside it."""
-    first = summaries[0]
     merged: dict[str, Any] = {}
-    for key, value in first.items():
+    for key in dict.fromkeys(key for summary in summaries for key in summary):
         values = [summary.get(key) for summary in summaries]
-        if isinstance(value, dict) and "scored" in value:
-            merged[key] = average_summaries([v for v in values if v])
-            numbers = {k: [v[k] for v in values if v and v.get(k) is not None] for k in value}
-            merged[key]["sd"] = {k: float(np.std(n, ddof=1)) for k, n in numbers.items() if len(n) > 1}
-        elif isinstance(value, dict):
-            merged[key] = average_summaries([v for v in values if v is not None])
-        elif isinstance(value, int | float) and not isinstance(value, bool):
-            present = [v for v in values if v is not None]
+        present = [value for value in values if value is not None]
+        if present and isinstance(present[0], dict):
+            merged[key] = average_summaries(present)
+            if "scored" in present[0]:
+                numbers = {k: [value[k] for value in present if value.get(k) is not None] for k in merged[key]}
+                merged[key]["sd"] = {k: float(np.std(n, ddof=1)) for k, n in numbers.items() if len(n) > 1}
+        elif all(value == values[0] for value in values):
+            merged[key] = values[0]
+        elif all(isinstance(value, int | float) for value in present):
             merged[key] = float(np.mean(present))
-        elif all(v == value for v in values):
-            merged[key] = value
         else:
             merged[key] = values
     return merged

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -19,6 +19,7 @@ from mtrain.model.dropout import row_keys
 from mtrain.model.heads import HeadBank
 from mtrain.train.objective import Objective, Piece, pieces, routes
 from mtrain.train.optim import HeadAdamW, HeadUpdate
+from mtrain.train.shared_head import SharedHeads
 
 
 class LossScale:
@@ -33,22 +34,52 @@ class LossScale:
     def update(self, finite: bool) -> None:
         self.good_steps = self.good_steps + 1 if finite else 0
         if not finite:
-            self.value /= 2
+            self.value = max(1.0, self.value / 2)
         elif self.good_steps % self.growth_interval == 0:
             self.value *= 2
 
 
 class Totals:
-    """Sums over steps, kept on the device and read when a line is logged.
+    """What happened since the last line of the curve; tensors stay on the device until then.
 
-    `loss` is the objective J summed over steps; `loss_T` and `weight_T` give a task's mean loss; `bad_T` counts the
-    steps in which a task's loss was not finite.
+    `loss` is the objective J summed over steps; `bad_T` counts the steps in which a task's loss was not finite.
     """
 
     def __init__(self, num_tasks: int, device: torch.device):
         self.loss = torch.zeros((), device=device)
+        self.bad_T = torch.zeros(num_tasks, dtype=torch.int64, device=device)
+        self.steps = self.skipped = self.rows = 0
+        self.seconds = 0.0
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        device = self.loss.device
+        vars(self).update({k: v.to(device) if isinstance(v, Tensor) else v for k, v in state.items()})
+
+
+class Window:
+    """Sums over the micro-batches of one step: the objective J, and for each task its losses, weights and whether one of
+    its losses was not finite; and whether all features were finite."""
+
+    def __init__(self, num_tasks: int, device: torch.device):
+        self.loss = torch.zeros((), device=device)
         self.loss_T, self.weight_T, self.bad_T = torch.zeros(3, num_tasks, device=device)
-        self.steps = self.skipped = self.rows = self.labels = 0
+        self.finite = torch.ones((), dtype=torch.bool, device=device)
+
+    @property
+    def mean_loss_T(self) -> Tensor:
+        """NaN where the task is absent."""
+        return self.loss_T / self.weight_T
+
+
+@dataclass(frozen=True)
+class PieceLoss:
+    """The losses of a piece's A tasks, and the gradient of their sum at its logits."""
+
+    piece: Piece
+    sum_A: Tensor
+    count_A: Tensor
+    finite_A: Tensor
+    grad: Tensor
 
 
 class Stepper:
@@ -80,28 +111,24 @@ class Stepper:
         self.trunk_parameters = [p for p in model.parameters() if p.requires_grad]
         self.scale = LossScale() if accelerator.mixed_precision == "fp16" else None
         self.weight_T = torch.ones_like(objective.coefficient_T)
-        self.window_loss_T = torch.full_like(self.weight_T, torch.nan)
-        self.label_T = torch.tensor(train_labels_T, device=self.weight_T.device).clamp(min=1).float()
-        bias = head.toward_shared if head.toward_shared_bias is None else head.toward_shared_bias
-        self.pulls = {3: head.toward_shared, 2: bias}  # by the dimensions of a stack: weights, biases
-        pulled = head.toward_shared or bias
-        self.mean_heads = [[p.detach().mean(0) for p in g.parameters()] for g in bank.groups] if pulled else None
-        self.bad_steps = 0
+        self.last_loss_T: Tensor | None = None
+        self.shared_heads = SharedHeads(bank, head, torch.tensor(train_labels_T, device=self.weight_T.device))
+        self.members = len(bank.names) // len(train_labels_T)
 
     def state_dict(self) -> dict[str, Any]:
-        scale = None if self.scale is None else vars(self.scale)
         return {
             "weight_T": self.weight_T,
-            "window_loss_T": self.window_loss_T,
-            "scale": scale,
-            "bad_steps": self.bad_steps,
+            "last_loss_T": self.last_loss_T,
+            "scale": None if self.scale is None else vars(self.scale),
+            "shared_heads": self.shared_heads.state_dict(),
             "balancer": self.balancer.state_dict() if hasattr(self.balancer, "state_dict") else {},
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         device = self.weight_T.device
-        self.weight_T, self.window_loss_T = state["weight_T"].to(device), state["window_loss_T"].to(device)
-        self.bad_steps = state["bad_steps"]
+        self.weight_T = state["weight_T"].to(device)
+        self.last_loss_T = None if state["last_loss_T"] is None else state["last_loss_T"].to(device)
+        self.shared_heads.load_state_dict(state["shared_heads"])
         if self.scale is not None and state["scale"] is not None:
             vars(self.scale).update(state["scale"])
         if state["balancer"]:
@@ -113,137 +140,114 @@ class Stepper:
         num_labels = int(batch.labels.count_T().sum())
         if num_labels == 0:
             return
+        torch.manual_seed((self.config.seed * 1_000_003 + step) % 2**63)  # for random modules of the user's own trunk
         single = len(micro_batches) == 1
-        if not single:  # the window's weights come from the statistics of the window before
-            self._balance()
-        window = Totals(len(self.weight_T), self.weight_T.device)
+        if not single and self.last_loss_T is not None:  # a window's weights come from the statistics of the one before
+            self._balance(self.last_loss_T)
+        window = Window(len(self.weight_T), self.weight_T.device)
         updates = [self._micro(micro, step, num_labels, window, rebalance=single) for micro in micro_batches]
-        self.window_loss_T = window.loss_T / window.weight_T
-        self._apply(updates, totals)
-        for name in ("loss", "loss_T", "weight_T", "bad_T"):
-            getattr(totals, name).add_(getattr(window, name))
+        self.last_loss_T = window.mean_loss_T
+        self._apply(_merged(updates), window, totals)
+        totals.loss += window.loss
+        totals.bad_T += window.bad_T > 0
         totals.steps += 1
         totals.rows += len(batch.row_B)
-        totals.labels += num_labels
 
-    def _balance(self) -> None:
-        active_T = ~self.window_loss_T.isnan()
-        if active_T.any():
-            self.weight_T = self.balancer.weights(self.window_loss_T, active_T)
+    def _balance(self, loss_T: Tensor) -> None:
+        self.weight_T = self.balancer.weights(loss_T, ~loss_T.isnan())
 
-    def _micro(self, batch: Batch, step: int, num_labels: int, window: Totals, rebalance: bool) -> list[HeadUpdate]:
+    def _micro(self, batch: Batch, step: int, num_labels: int, window: Window, rebalance: bool) -> list[HeadUpdate]:
+        """Both phases of a micro-batch; the trunk's gradient is added to `.grad`, the heads' is returned."""
         needed = routes(self.bank, batch.labels)
         batch = batch.to(self.weight_T.device)
         keys_B = row_keys(self.config.seed, step, batch.row_B)
         features_BD = self.model(batch.x_BF, keys_B)
-        z_BD = features_BD.detach().requires_grad_()
+        z_BD = features_BD.detach().requires_grad_(features_BD.requires_grad)
+        window.finite &= z_BD.detach().isfinite().all()
         with self.accelerator.autocast():
-            found = list(pieces(self.bank, z_BD, batch.labels, needed, keys_B))
+            found = [self._loss(piece, window) for piece in pieces(self.bank, z_BD, batch.labels, needed, keys_B)]
         if not found:
             return []
-        leaves = [piece.logits.detach().float().requires_grad_() for piece in found]
-        sums = []
-        for piece, leaf in zip(found, leaves, strict=True):
-            sum_A = piece.sum(self.objective.losses(replace(piece, logits=leaf)))
-            sums.append(sum_A)
-            weight = 1.0 if piece.weight is None else piece.weight
-            present = (~piece.y.isnan()) if piece.slot_P is None else torch.ones_like(piece.y)
-            finite_A = sum_A.detach().isfinite()
-            window.loss_T.index_add_(0, piece.task_A, torch.where(finite_A, sum_A.detach(), 0))
-            window.weight_T.index_add_(0, piece.task_A, torch.where(finite_A, piece.sum(present * weight), 0))
-            window.bad_T.index_add_(0, piece.task_A, (~finite_A).to(window.bad_T.dtype))
         if rebalance:
-            self.window_loss_T = window.loss_T / window.weight_T
-            self._balance()
-        grad_leaves = torch.autograd.grad([sum_A.sum() for sum_A in sums], leaves)
-
+            self._balance(window.mean_loss_T)
         coefficient_T = self.objective.coefficient_T * self.weight_T / num_labels
-        grad_logits = []
-        for piece, sum_A, grad in zip(found, sums, grad_leaves, strict=True):
-            coefficient_A = coefficient_T[piece.task_A]
-            finite_A = sum_A.detach().isfinite()
-            window.loss += (coefficient_A * torch.where(finite_A, sum_A.detach(), 0)).sum()
-            if self.scale is not None:
-                coefficient_A = coefficient_A * self.scale.value
-            keep = piece.spread(finite_A).unsqueeze(-1)
-            grad = torch.where(keep, grad * piece.spread(coefficient_A).unsqueeze(-1), 0)
-            grad_logits.append(grad.to(piece.logits.dtype))
-        wanted = [z_BD] if features_BD.requires_grad else []
+        grad_logits = [self._grad_logits(loss, coefficient_T, window) for loss in found]
+
+        wanted = [z_BD] if z_BD.requires_grad else []
         if self.head_optimizer is not None:
-            wanted += [p for piece in found for p in piece.params]
-        grads = list(torch.autograd.grad([piece.logits for piece in found], wanted, grad_logits)) if wanted else []
-        if features_BD.requires_grad:
+            wanted += [p for loss in found for p in loss.piece.params]
+        grads = list(torch.autograd.grad([loss.piece.logits for loss in found], wanted, grad_logits))
+        if z_BD.requires_grad:
             features_BD.backward(grads.pop(0))
-        if self.head_optimizer is None:
-            return []
+        return [] if self.head_optimizer is None else self._head_updates(found, grads, coefficient_T)
+
+    def _loss(self, piece: Piece, window: Window) -> PieceLoss:
+        """Losses of a piece's tasks, added to the window. A task whose loss or gradient is not finite counts as bad."""
+        leaf = piece.logits.detach().float().requires_grad_()
+        sum_A = piece.sum(self.objective.losses(replace(piece, logits=leaf)))
+        (grad,) = torch.autograd.grad(sum_A.sum(), leaf)
+        finite_A = sum_A.detach().isfinite() & piece.sum(grad.sum(-1)).isfinite()
+        sum_A = torch.where(finite_A, sum_A.detach(), 0)
+        count_A = piece.count_A()
+        weight_A = count_A
+        if piece.weight is not None:
+            weight_A = piece.sum(piece.weight if piece.present is None else piece.weight * piece.present)
+        window.loss_T.index_add_(0, piece.task_A, sum_A)
+        window.weight_T.index_add_(0, piece.task_A, torch.where(finite_A, weight_A, 0).to(sum_A.dtype))
+        window.bad_T.index_add_(0, piece.task_A, (~finite_A).to(sum_A.dtype))
+        return PieceLoss(piece, sum_A, count_A, finite_A, grad)
+
+    def _grad_logits(self, loss: PieceLoss, coefficient_T: Tensor, window: Window) -> Tensor:
+        """The gradient of the (fp16: scaled) objective at the logits; 0 for tasks whose loss is not finite."""
+        piece, coefficient_A = loss.piece, coefficient_T[loss.piece.task_A]
+        window.loss += (coefficient_A * loss.sum_A).sum() / self.members
+        if self.scale is not None:
+            coefficient_A = coefficient_A * self.scale.value
+        keep, factor = (piece.spread(value_A).unsqueeze(-1) for value_A in (loss.finite_A, coefficient_A))
+        return torch.where(keep, loss.grad * factor, 0).to(piece.logits.dtype)
+
+    def _head_updates(self, found: list[PieceLoss], grads: list[Tensor], coefficient_T: Tensor) -> list[HeadUpdate]:
+        """Updates of the tasks that have labels in the batch and a finite loss."""
+        moves = [loss.finite_A & (loss.count_A > 0) for loss in found]
+        moves = list(torch.cat(moves).cpu().split([len(moves_A) for moves_A in moves]))  # one transfer for all groups
         updates = []
-        for piece, sum_A in zip(found, sums, strict=True):
+        for loss, moves_A in zip(found, moves, strict=True):
+            piece = loss.piece
             own, grads = grads[: len(piece.params)], grads[len(piece.params) :]
-            self._pull(piece, own, coefficient_T)
-            updates.append(_head_update(piece, own, sum_A.detach().isfinite()))
+            strength_A = coefficient_T[piece.task_A] * loss.count_A * (1.0 if self.scale is None else self.scale.value)
+            self.shared_heads.pull(piece.number, piece.task_A, piece.active_A, own, strength_A)
+            active_A = piece.active_A
+            if not moves_A.all():
+                at = moves_A.nonzero().squeeze(1)
+                active_A = at if active_A is None else active_A[at]
+                own = [grad[at.to(grad.device)] for grad in own]
+            updates.append(HeadUpdate(piece.number, own, active_A))
         return updates
 
-    def _pull(self, piece: Piece, grads: list[Tensor], coefficient_T: Tensor) -> None:
-        """Add the gradient of `pull / n_t * |w_t - mean|^2` for each label of task t: of a ridge worth `pull` rows.
-
-        Evgeniou and Pontil 2004, "Regularized multi-task learning"; the shared head is the mean at the step's start.
-        """
-        if self.mean_heads is None:
-            return
-        labels_A = piece.sum(torch.ones_like(piece.y) if piece.slot_P is not None else (~piece.y.isnan()).float())
-        strength_A = 2 * coefficient_T[piece.task_A] * labels_A / self.label_T[piece.task_A]
-        if self.scale is not None:
-            strength_A = strength_A * self.scale.value
-        for grad, param, mean in zip(grads, piece.params, self.mean_heads[piece.number], strict=True):
-            strength = strength_A.view(-1, *[1] * (param.dim() - 1)) * self.pulls[param.dim()]
-            grad += strength * (param.detach() - mean)
-
-    def _apply(self, updates: Sequence[Sequence[HeadUpdate]], totals: Totals) -> None:
-        """Step both optimizers, or neither where the trunk's gradient is not finite."""
+    def _apply(self, updates: list[HeadUpdate], window: Window, totals: Totals) -> None:
+        """Step both optimizers, or neither where the features or the trunk's gradient are not finite."""
         unscale = 1.0 if self.scale is None else 1 / self.scale.value
-        factor, finite = unscale, True
-        if self.trunk_parameters and self.trunk_optimizer is not None:
-            grads = [p.grad for p in self.trunk_parameters if p.grad is not None]
-            norm = float(torch.nn.utils.get_total_norm(grads)) * unscale
-            finite = math.isfinite(norm)
-            if finite and self.config.clip is not None:
-                factor *= min(1.0, self.config.clip / (norm + 1e-6))
-            if finite and factor != 1.0:
+        grads = [p.grad for p in self.trunk_parameters if p.grad is not None]
+        norm = float(torch.where(window.finite, torch.nn.utils.get_total_norm(grads), torch.nan)) * unscale
+        finite = math.isfinite(norm)
+        if self.scale is not None:  # in fp16 the gradients of heads overflow too
+            finite = finite and math.isfinite(torch.nn.utils.get_total_norm([g for u in updates for g in u.grads]))
+        if finite and self.trunk_optimizer is not None:
+            factor = unscale * (1.0 if self.config.clip is None else min(1.0, self.config.clip / (norm + 1e-6)))
+            if factor != 1.0 and grads:
                 torch._foreach_mul_(grads, factor)
-            if finite:
-                self.trunk_optimizer.step()
+            self.trunk_optimizer.step()
+        if self.trunk_optimizer is not None:
             self.trunk_optimizer.zero_grad(set_to_none=True)
+        if finite and self.head_optimizer is not None:
+            if unscale != 1.0:
+                updates = [replace(update, grads=[grad * unscale for grad in update.grads]) for update in updates]
+            with self.shared_heads.following(updates):
+                self.head_optimizer.step(updates)
+        if not finite:  # while the fp16 scale can still fall, an overflow is part of finding it
+            totals.skipped += self.scale is None or self.scale.value <= 1.0
         if self.scale is not None:
             self.scale.update(finite)
-        if not finite:
-            totals.skipped += self.scale is None  # an fp16 overflow is part of finding the scale
-            return
-        if self.head_optimizer is not None and updates:
-            self._step_heads(_scaled(_merged(updates), unscale))
-
-    def _step_heads(self, updates: list[HeadUpdate]) -> None:
-        assert self.head_optimizer is not None
-        if self.mean_heads is None:
-            self.head_optimizer.step(updates)
-            return
-        before = [self._heads(update) for update in updates]
-        self.head_optimizer.step(updates)
-        for update, old in zip(updates, before, strict=True):  # the means follow without a pass over absent heads
-            for mean, was, now in zip(self.mean_heads[update.group], old, self._heads(update), strict=True):
-                mean += (now - was).sum(0) / len(self.bank.groups[update.group].task_ids)
-
-    def _heads(self, update: HeadUpdate) -> list[Tensor]:
-        stacks = [p.detach() for p in self.bank.groups[update.group].parameters()]
-        return [stack.clone() if update.active_A is None else stack[update.active_A] for stack in stacks]
-
-
-def _head_update(piece: Piece, grads: list[Tensor], finite_A: Tensor) -> HeadUpdate:
-    """The update of the tasks that have labels in the batch and a finite loss."""
-    moves_A = finite_A if piece.slot_P is not None else finite_A & (~piece.y.isnan()).any(0)
-    if bool(moves_A.all()):
-        return HeadUpdate(piece.number, grads, piece.active_A)
-    at = moves_A.nonzero().squeeze(1)
-    return HeadUpdate(piece.number, [g[at] for g in grads], at if piece.active_A is None else piece.active_A[at])
 
 
 def _merged(updates: Sequence[Sequence[HeadUpdate]]) -> list[HeadUpdate]:
@@ -255,27 +259,17 @@ def _merged(updates: Sequence[Sequence[HeadUpdate]]) -> list[HeadUpdate]:
         by_group.setdefault(update.group, []).append(update)
     merged = []
     for group, parts in by_group.items():
-        if all(part.active_A is None for part in parts):
-            merged.append(
-                HeadUpdate(group, [sum(grads[1:], grads[0]) for grads in zip(*(p.grads for p in parts), strict=True)])
-            )
+        stacks = list(zip(*(part.grads for part in parts), strict=True))  # for each parameter, of each micro-batch
+        ids = [part.active_A for part in parts if part.active_A is not None]
+        if not ids:
+            merged.append(HeadUpdate(group, [torch.stack(grads).sum(0) for grads in stacks]))
             continue
-        ids = [torch.arange(len(p.grads[0]), device=p.grads[0].device) if p.active_A is None else p.active_A for p in parts]
+        ids = [torch.arange(len(p.grads[0])) if p.active_A is None else p.active_A for p in parts]
         active_A, slot = torch.unique(torch.cat(ids), return_inverse=True)
-        merged.append(
-            HeadUpdate(
-                group,
-                [
-                    grads[0].new_zeros(len(active_A), *grads[0].shape[1:]).index_add_(0, slot, torch.cat(grads))
-                    for grads in zip(*(p.grads for p in parts), strict=True)
-                ],
-                active_A,
-            )
-        )
+        merged.append(HeadUpdate(group, [_sum_rows(grads, slot, len(active_A)) for grads in stacks], active_A))
     return merged
 
 
-def _scaled(updates: list[HeadUpdate], factor: float) -> list[HeadUpdate]:
-    if factor == 1.0:
-        return updates
-    return [replace(update, grads=[grad * factor for grad in update.grads]) for update in updates]
+def _sum_rows(grads: Sequence[Tensor], slot: Tensor, length: int) -> Tensor:
+    every = torch.cat(list(grads))
+    return every.new_zeros(length, *every.shape[1:]).index_add_(0, slot.to(every.device), every)

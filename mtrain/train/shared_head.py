@@ -1,0 +1,90 @@
+"""Heads regularised towards a shared head: the mean of their group (Evgeniou and Pontil 2004, "Regularized multi-task
+learning")."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+from torch import Tensor
+
+from mtrain.config import HeadConfig
+from mtrain.model.heads import HeadBank, HeadGroup
+from mtrain.train.optim import HeadUpdate
+
+
+class SharedHeads:
+    """The mean head of each group, kept up to date without a pass over absent heads.
+
+    Every label of task t carries the penalty `pull / n_t * |w_t - mean|^2`, with n_t the task's training labels and the
+    mean as it is when the step starts: a ridge that weighs as much as `pull` rows. Tasks without training labels and
+    padded outputs are not part of the mean.
+
+    Args:
+        config: its `toward_shared` pulls weights, `toward_shared_bias` biases.
+        label_T: training labels of each task, on the bank's device.
+    """
+
+    def __init__(self, bank: HeadBank, config: HeadConfig, label_T: Tensor):
+        bias = config.toward_shared if config.toward_shared_bias is None else config.toward_shared_bias
+        self.active = bool(config.toward_shared or bias)
+        self.pulls = {3: config.toward_shared, 2: bias}  # by the dimensions of a stack
+        self.label_T = label_T.clamp(min=1).float()
+        self.stacks = [[p.detach() for p in group.parameters()] for group in bank.groups] if self.active else []
+        self.owned = [_owned(group, label_T[group.task_ids % len(label_T)] > 0) for group in bank.groups] if self.active else []
+        self.counts = [[own.sum(0).clamp(min=1) for own in owned] for owned in self.owned]
+        self.means = [
+            [(stack * own).sum(0) / count for stack, own, count in zip(*of_group, strict=True)]
+            for of_group in zip(self.stacks, self.owned, self.counts, strict=True)
+        ]
+
+    def pull(self, number: int, task_A: Tensor, active_A: Tensor | None, grads: Sequence[Tensor], per_label_A: Tensor) -> None:
+        """Add the penalty's gradient to the gradients `[A, ...]` of a group's active heads.
+
+        Args:
+            per_label_A: the task's coefficient in the objective, times its labels in the batch.
+        """
+        if not self.active:
+            return
+        at = slice(None) if active_A is None else active_A
+        strength_A = 2 * per_label_A / self.label_T[task_A]
+        for grad, stack, own, mean in zip(grads, self.stacks[number], self.owned[number], self.means[number], strict=True):
+            strength = strength_A.view(-1, *[1] * (stack.dim() - 1)) * self.pulls[stack.dim()]
+            grad += strength * own[at] * (stack[at] - mean)
+
+    @contextmanager
+    def following(self, updates: Sequence[HeadUpdate]) -> Iterator[None]:
+        """The means follow the heads that the optimizer moves inside the block."""
+        if not self.active:
+            yield
+            return
+        at = [slice(None) if update.active_A is None else update.active_A for update in updates]
+        before = [[stack[a].clone() for stack in self.stacks[u.group]] for u, a in zip(updates, at, strict=True)]
+        yield
+        for update, a, old in zip(updates, at, before, strict=True):
+            g = update.group
+            for mean, stack, own, count, was in zip(
+                self.means[g], self.stacks[g], self.owned[g], self.counts[g], old, strict=True
+            ):
+                mean += ((stack[a] - was) * own[a]).sum(0) / count
+
+    def state_dict(self) -> list[list[Tensor]]:
+        return self.means
+
+    def load_state_dict(self, means: list[list[Tensor]]) -> None:
+        for own, saved in zip(self.means, means, strict=True):
+            for mean, value in zip(own, saved, strict=True):
+                mean.copy_(value)
+
+
+def _owned(group: HeadGroup, member_T: Tensor) -> list[Tensor]:
+    """For each parameter, 1 at the entries `[T_g, out]` (or `[T_g, 1]`), with a last dimension for weights, that are part
+    of the mean."""
+    owned = []
+    for layers in (group.weights, group.biases):
+        for i, stack in enumerate(layers):
+            own = member_T[:, None]
+            if i == len(layers) - 1 and group.pad_TO is not None:
+                own = own & ~group.pad_TO
+            owned.append((own if stack.dim() == 2 else own[..., None]).to(stack.dtype))
+    return owned

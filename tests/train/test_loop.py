@@ -1,0 +1,346 @@
+"""Whole trainings: what is selected, what a run directory holds, and that nothing is lost by stopping."""
+
+import json
+import math
+import os
+import signal
+from io import StringIO
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+from problems import TASKS, run_config
+from rich.console import Console
+
+from mtrain import runs
+from mtrain.data.prepare import prepare, read_source
+from mtrain.errors import UserError
+from mtrain.train import loop
+from mtrain.train.evaluate import Evaluator, Scores
+from mtrain.train.loop import Selection, Trainer, joined, lr_factor
+from mtrain.train.run_dir import RunDir
+from mtrain.train.step import Stepper
+
+
+def train(config, path):
+    console = Console(file=StringIO(), width=200)
+    summary = runs.train(config, Path(), path, console)
+    return summary, console.file.getvalue()
+
+
+def curve(path):
+    lines = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k != "rows_per_second"} for line in lines]
+
+
+def weights(path, name="latest"):
+    state = getattr(RunDir(path).checkpoints, name)()
+    return {f"{part}.{k}": v for part in ("shared", "bank") for k, v in state[part].items()}
+
+
+def assert_same_run(a, b):
+    assert curve(a) == curve(b)
+    for name in ("latest", "model"):
+        mine, other = weights(a, name), weights(b, name)
+        assert mine.keys() == other.keys()
+        assert all(torch.equal(mine[k], other[k]) for k in mine)
+    first, second = (json.loads((path / "summary.json").read_text()) for path in (a, b))
+    for part in ("valid", "test", "selected_step", "selected_value", "labels", "split_hash"):
+        assert first[part] == second[part]
+
+
+class Killed(Exception):
+    pass
+
+
+RESUMED = {
+    "grid": ("grid", {}),
+    "grid with a refit": ("grid", {"split": {"refit": True, "parts": {"train": 0.6, "valid": 0.2, "test": 0.2}}}),
+    "routed": ("routed", {}),
+    "routed towards shared heads": ("routed", {"model": {"trunk": "Identity", "head": {"toward_shared": 10.0}}}),
+    "pairs with accumulation": ("pairs", {"train": {"epochs": 4, "global_batch": 16, "micro_batch": 5, "log_every": 4}}),
+    "a user's own random trunk": ("grid", {"model": {"trunk": "problems.OwnTrunk"}}),
+}
+
+
+@pytest.mark.parametrize("case", RESUMED)
+@pytest.mark.parametrize("how", ["killed", "interrupted"])
+def test_a_run_that_was_stopped_is_the_run_that_was_not(case, how, tmp_path, monkeypatch):
+    layout, sections = RESUMED[case]
+    config = run_config(layout, **sections)
+    train(config, tmp_path / "straight")
+    call, seen = Stepper.__call__, []
+    num_calls = curve(tmp_path / "straight")[-1]["step"]
+    stop_at = {int(a * num_calls) + 1 for a in (0.1, 0.45, 0.9)}
+
+    def stopping(self, batch, step, totals):
+        seen.append(step)
+        if len(seen) in stop_at:
+            if how == "killed":
+                raise Killed
+            os.kill(os.getpid(), signal.SIGINT)
+        call(self, batch, step, totals)
+
+    monkeypatch.setattr(Stepper, "__call__", stopping)
+    stops = 0
+    while True:
+        try:
+            train(config, tmp_path / "stopped")
+            break
+        except (Killed, KeyboardInterrupt):
+            stops += 1
+    assert stops == 3
+    if how == "interrupted":  # not a step was done twice
+        assert len(seen) == num_calls
+    assert_same_run(tmp_path / "straight", tmp_path / "stopped")
+
+
+def test_a_second_interrupt_stops_at_once(monkeypatch):
+    with pytest.raises(KeyboardInterrupt), loop._interrupts() as interrupted:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert interrupted()
+        os.kill(os.getpid(), signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_starting_a_finished_run_again_changes_nothing(tmp_path):
+    for refit in (False, True):
+        config, path = run_config("grid", split={"refit": refit}), tmp_path / str(refit)
+        first, _ = train(config, path)
+        lines, before = curve(path), weights(path)
+        again, _ = train(config, path)
+        assert curve(path) == lines
+        assert all(torch.equal(before[k], v) for k, v in weights(path).items())
+        assert {k: first[k] for k in ("valid", "test", "seconds", "rows_per_second")} == {
+            k: again[k] for k in ("valid", "test", "seconds", "rows_per_second")
+        }
+
+
+def test_more_epochs_continue_a_run(tmp_path):
+    steady = {"global_batch": 16, "log_every": 2}
+    train(run_config("grid", train={"epochs": 2, **steady, "decay": "constant", "warmup": 0.0}), tmp_path / "a")
+    short = curve(tmp_path / "a")
+    train(run_config("grid", train={"epochs": 5, **steady, "decay": "constant", "warmup": 0.0}), tmp_path / "a")
+    train(run_config("grid", train={"epochs": 5, **steady, "decay": "constant", "warmup": 0.0}), tmp_path / "b")
+    assert curve(tmp_path / "a")[: len(short)] == short
+    assert_same_run(tmp_path / "a", tmp_path / "b")
+
+
+def test_a_refitted_run_does_not_silently_ignore_more_epochs(tmp_path):
+    train(run_config("grid", split={"refit": True}, train={"epochs": 2}), tmp_path)
+    with pytest.raises(UserError, match="has been refitted"):
+        train(run_config("grid", split={"refit": True}, train={"epochs": 3}), tmp_path)
+
+
+def test_a_damaged_checkpoint_stops_the_start_by_name(tmp_path):
+    config = run_config("grid", train={"epochs": 1})
+    train(config, tmp_path)
+    (newest,) = (tmp_path / "checkpoints").glob("step-*.pt")
+    newest.write_bytes(newest.read_bytes()[:500])
+    with pytest.raises(UserError, match=f"{newest.name}: is damaged"):
+        train(config, tmp_path)
+
+
+def test_training_stops_without_improvement_and_the_best_step_is_selected(tmp_path, monkeypatch):
+    values = iter([0.1, 0.5, 0.4, math.nan, 0.9])
+    monkeypatch.setattr(Scores, "value", lambda self, metric, reduce: next(values))
+    summary, _ = train(run_config("grid", select={"patience": 2}, train={"epochs": 30, "log_every": 100}), tmp_path)
+    per_epoch = curve(tmp_path)[0]["step"]
+    lines = curve(tmp_path)
+    assert summary["selected_step"] == 2 * per_epoch
+    assert summary["selected_value"] == 0.5
+    assert lines[-1]["step"] == 4 * per_epoch
+    assert "loss" in lines[-1]  # what was not yet logged is, when training ends early
+
+
+def test_without_patience_a_metric_that_cannot_be_scored_is_refused(tmp_path):
+    config = run_config("grid", select={"metric": "roc_auc", "min_per_class": 1000})
+    with pytest.raises(UserError, match="no task of the valid part can be scored by roc_auc"):
+        train(config, tmp_path)
+
+
+@pytest.mark.parametrize("section", [{"split": {"refit": True}}, {"select": {"patience": 3}}])
+def test_options_that_need_a_valid_part_are_refused_without_one(section, tmp_path):
+    parts = {"parts": {"train": 0.8, "test": 0.2}}
+    config = run_config("grid", **(section | {"split": section.get("split", {}) | parts}))
+    with pytest.raises(UserError, match="needs a valid part"):
+        train(config, tmp_path)
+
+
+def test_selection_follows_the_direction_of_the_metric():
+    up, down = Selection(True), Selection(False)
+    assert [up.improves(v) for v in (math.nan, 0.1, 0.1, 0.2, math.nan, 0.1)] == [False, True, False, True, False, False]
+    assert [down.improves(v) for v in (3.0, 4.0, 2.0)] == [True, False, True]
+    assert (up.misses, up.value, down.value) == (2, 0.2, 2.0)
+
+
+@pytest.mark.parametrize("layout", ["grid", "routed", "pairs"])
+def test_a_refit_trains_as_long_as_selected_on_train_and_valid_and_scores_the_test_part_once(layout, tmp_path, monkeypatch):
+    scored, score, parts = [], Evaluator.score, {}
+    build = Trainer.__init__
+
+    def built(self, prepared, *args):
+        parts.update(prepared.parts)
+        build(self, prepared, *args)
+
+    monkeypatch.setattr(Trainer, "__init__", built)
+
+    def counted(self, x_NF, part, **options):
+        scored.append(next(name for name, own in parts.items() if own is part))
+        return score(self, x_NF, part, **options)
+
+    monkeypatch.setattr(Evaluator, "score", counted)
+    summary, _ = train(run_config(layout, split={"refit": True}), tmp_path)
+    lines = curve(tmp_path)
+    fit = [line["step"] for line in lines if line["phase"] == "fit"]
+    refit = [line for line in lines if line["phase"] == "refit"]
+    assert scored.count("test") == 1
+    assert scored[-1] == "test"
+    assert refit[-1]["epoch"] == pytest.approx(next(x["epoch"] for x in lines if x["step"] == summary["selected_step"] and "epoch" in x), abs=0.2)
+    assert refit[-1]["step"] > max(fit)
+    assert (tmp_path / "checkpoints" / "refit.pt").is_file()
+
+
+@pytest.mark.parametrize("layout", ["grid", "routed", "pairs"])
+def test_parts_joined_for_a_refit_hold_the_labels_of_both(layout):
+    data = prepare(read_source(run_config(layout)), 0)
+    parts = [data.parts["train"], data.parts["valid"]]
+    both = joined(parts, len(data.tasks))
+
+    def entries(part):
+        pairs = part.labels.pairs()
+        return sorted(zip(part.row_R[pairs.row_P].tolist(), pairs.task_P.tolist(), pairs.y_P.tolist(), strict=True))
+
+    assert entries(both) == sorted(entries(parts[0]) + entries(parts[1]))
+    assert type(both.labels) is type(parts[0].labels)
+
+
+@pytest.mark.parametrize("frozen", ["trunk", "heads"])
+def test_a_frozen_part_does_not_change_at_all(frozen, tmp_path):
+    config = run_config("grid", freeze=[frozen], model={"trunk": "problems.OwnTrunk"}, train={"epochs": 1})
+    trainer = Trainer(
+        prepare(read_source(config), 0), config, RunDir(tmp_path / "x"), runs.make_accelerator(config), _tracker(), Console()
+    )
+    start = {f"{part}.{k}": v.clone() for part, m in (("shared", trainer.shared), ("bank", trainer.bank)) for k, v in m.state_dict().items()}
+    train(config, tmp_path / "run")
+    end = weights(tmp_path / "run")
+    still = {k for k in end if torch.equal(start[k], end[k])}
+    part = {"trunk": "shared", "heads": "bank"}[frozen]
+    assert still == {k for k in end if k.startswith(part)}
+
+
+def _tracker():
+    return runs.TRACKERS["none"]()
+
+
+def test_freezing_everything_is_refused(tmp_path):
+    with pytest.raises(UserError, match="nothing is left to train"):
+        train(run_config("grid", freeze=["trunk", "heads"]), tmp_path)
+
+
+def test_init_from_takes_the_trunk_and_the_heads_of_the_same_tasks(tmp_path):
+    train(run_config("grid", train={"epochs": 1}), tmp_path / "a")
+    still = {"epochs": None, "steps": 1, "lr": 1e-12, "weight_decay": 0.0}
+    keep = {name: {"kind": TASKS[name]} for name in ("r0", "b0", "c0")} | {"n0": {"kind": "regression"}}
+    config = run_config("grid", init_from=str(tmp_path / "a"), train=still, tasks={"labels": list(keep), "by_name": keep})
+    _, said = train(config, tmp_path / "b")
+    assert "trunk and 3 heads taken over, 1 heads start fresh" in said
+    a, b = (runs.load_model(RunDir(tmp_path / name)).evaluator for name in "ab")
+    for p, q in zip(a.model.parameters(), b.model.parameters(), strict=True):
+        torch.testing.assert_close(p, q)
+    theirs, own = a.bank.to_modules(), b.bank.to_modules()
+    for name in keep:
+        same = all(torch.allclose(p, q) for p, q in zip(theirs[name].parameters(), own[name].parameters(), strict=True))
+        assert same == (name != "n0")
+
+
+def test_init_from_another_trunk_names_the_first_parameter_that_differs(tmp_path):
+    train(run_config("grid", train={"epochs": 1}), tmp_path / "a")
+    wider = {"trunk": {"class_path": "MLP", "init_args": {"widths": [8]}}}
+    with pytest.raises(UserError, match=r"'trunk\.linears\.0\.bias' is \[16\] there and \[8\] here"):
+        train(run_config("grid", init_from=str(tmp_path / "a"), model=wider), tmp_path / "b")
+
+
+def test_tasks_with_infinite_losses_are_counted_shown_and_stop_the_run_past_the_limit(tmp_path):
+    kinds = {"by_name": {name: {"kind": kind} for name, kind in TASKS.items()}, "labels": list(TASKS)}
+    kinds["by_name"]["r1"] = {"kind": "problems.SometimesInfinite"}
+    summary, said = train(run_config("grid", tasks=kinds, train={"epochs": 2, "max_bad_steps": 1000}), tmp_path / "a")
+    counted = [line.get("bad_task_steps", 0) for line in curve(tmp_path / "a")]
+    assert sum(counted) > 0
+    assert "the loss of task 'r1' was not finite in" in said
+    assert all(math.isfinite(line["loss"]) for line in curve(tmp_path / "a") if "loss" in line)
+    assert summary["test"]["roc_auc"]["scored"] == 2
+    with pytest.raises(UserError, match=r"more than train\.max_bad_steps \(2\)"):
+        train(run_config("grid", tasks=kinds, train={"epochs": 2, "max_bad_steps": 2}), tmp_path / "b")
+
+
+def test_bf16_follows_the_curve_of_full_precision(tmp_path):
+    for precision in ("no", "bf16"):
+        train(run_config("routed", train={"epochs": 3, "precision": precision}), tmp_path / precision)
+    losses = {p: np.array([x["loss"] for x in curve(tmp_path / p) if "loss" in x]) for p in ("no", "bf16")}
+    assert (losses["no"] != losses["bf16"]).any()
+    np.testing.assert_allclose(losses["bf16"], losses["no"], rtol=0.05)
+
+
+def test_fp16_without_a_gpu_is_refused_in_one_line(tmp_path):
+    if torch.cuda.is_available():
+        pytest.skip("this machine can do fp16")
+    with pytest.raises(UserError, match=r"train\.precision fp16: not on this device"):
+        train(run_config("grid", train={"precision": "fp16"}), tmp_path)
+
+
+def test_several_split_seeds_are_runs_of_their_own_and_are_averaged(tmp_path):
+    config = run_config("grid", split={"seeds": [3, 4], "parts": {"train": 0.6, "valid": 0.2, "test": 0.2}}, train={"epochs": 1})
+    summary, _ = train(config, tmp_path / "both")
+    alone = [json.loads((tmp_path / "both" / f"split-{seed}" / "summary.json").read_text()) for seed in (3, 4)]
+    own, _ = train(run_config("grid", split={"seeds": [4], "parts": {"train": 0.6, "valid": 0.2, "test": 0.2}}, train={"epochs": 1}), tmp_path / "one")
+    assert own["test"] == alone[1]["test"]
+    for metric in ("skill", "roc_auc", "mse"):
+        values = [one["test"][metric]["mean"] for one in alone]
+        assert summary["test"][metric]["mean"] == pytest.approx(np.mean(values))
+        assert summary["test"][metric]["sd"]["mean"] == pytest.approx(np.std(values, ddof=1))
+
+
+def test_a_run_directory_holds_the_documented_files_and_figures(tmp_path):
+    summary, _ = train(run_config("grid"), tmp_path)
+    written = json.loads((tmp_path / "summary.json").read_text())
+    assert written == json.loads(json.dumps(summary))
+    assert {"valid", "test", "seconds", "rows_per_second", "peak_memory_mb", "tasks"} <= written.keys()
+    for metric in ("roc_auc", "pr_auc", "accuracy", "f1", "mse", "mae", "r2", "ev", "pearson_r2", "ci", "ece", "p_at_1", "skill"):
+        assert written["test"][metric].keys() == {"mean", "median", "worst_decile", "pooled", "scored"}
+    assert written["tasks"] == 6
+    table = pq.read_table(tmp_path / "per_task.parquet")
+    assert {"task", "kind", "train_labels", "expected_share", "threshold", "test_labels", "test_skill", "valid_roc_auc"} <= set(table.column_names)
+    assert table["task"].to_pylist() == list(TASKS)
+    assert sum(table["expected_share"].to_pylist()) == pytest.approx(1)
+    assert np.nanmean(table["test_skill"].to_numpy()) == pytest.approx(written["test"]["skill"]["mean"], abs=0.2)
+    lines = curve(tmp_path)
+    assert all(isinstance(line["step"], int) for line in lines)
+    assert [line["step"] for line in lines if "loss" in line][:3] == [3, 6, 9]
+    assert {p.name for p in tmp_path.iterdir()} == {
+        "config.yaml", "tasks.parquet", "features.json", "split.parquet", "metrics.jsonl", "per_task.parquet",
+        "summary.json", "checkpoints",
+    }  # fmt: skip
+
+
+def test_a_training_learns_all_kinds(tmp_path):
+    summary, _ = train(run_config("grid", train={"epochs": 60, "decay": "cosine"}), tmp_path)
+    assert summary["test"]["skill"]["median"] > 0.3
+
+
+@pytest.mark.parametrize("decay", ["constant", "linear", "cosine"])
+def test_the_learning_rate_rises_to_its_peak_and_falls_as_asked(decay):
+    factors = [lr_factor(step, 100, 0.1, decay) for step in range(100)]
+    np.testing.assert_allclose(factors[:10], np.arange(1, 11) / 10)
+    assert max(factors) == 1.0
+    expected = {"constant": 1.0, "linear": 0.5, "cosine": 0.5}[decay]
+    assert factors[55] == pytest.approx(expected)
+    assert lr_factor(200, 100, 0.1, decay) == (1.0 if decay == "constant" else 0.0)
+
+
+def test_running_out_of_memory_is_one_line(tmp_path, monkeypatch):
+    monkeypatch.setattr(Stepper, "__call__", lambda *_: torch.empty(10**16))
+    with pytest.raises(UserError, match=r"out of memory: lower train\.micro_batch \(now 16 rows"):
+        train(run_config("grid"), tmp_path)
