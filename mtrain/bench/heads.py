@@ -279,7 +279,9 @@ def run(json_path: Path | None = None, cases: Sequence[str] | None = None, repea
     if json_path is not None:
         json_path.write_text(json.dumps(results, indent=2) + "\n")
     columns = dict.fromkeys(key for result in results for key in result if key != "bench")
-    table = Table(*(key.removesuffix("_ms").replace("_", "\n") for key in columns), title="head steps, times in ms")
+    table = Table(title="head steps, times in ms", padding=0)
+    for key in columns:
+        table.add_column(key.removesuffix("_ms").replace("_", "\n"), no_wrap=True)
     for result in results:
         values = [result.get(key) for key in columns]
         table.add_row(*(v if isinstance(v, str) else "" if v is None else f"{v:.4g}" for v in values))

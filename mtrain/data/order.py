@@ -36,7 +36,8 @@ def shuffled(
     size = np.broadcast_to(np.asarray(size, dtype=np.int64), position.shape)
     epoch = (position // size).astype(U64)
     with np.errstate(over="ignore"):
-        key = mix(np.broadcast_to(np.asarray(key, dtype=U64), position.shape) + mix(epoch + mix(np.array(seed % 2**64, dtype=U64))))
+        draw = mix(epoch + mix(np.array(seed % 2**64, dtype=U64)))  # mixed, or seed 1 would begin with seed 0's second epoch
+        key = mix(np.broadcast_to(np.asarray(key, dtype=U64), position.shape) + draw)
         half = ((np.ceil(np.log2(np.maximum(size, 2))).astype(np.int64) + 1) // 2).astype(U64)
         index = (position % size).astype(U64)
         walking = np.arange(len(position))

@@ -255,6 +255,7 @@ def with_statistics(
     labels = SortedLabels(task_P, y_P, num_outputs_T)  # means need no order
     mean_T, count_T = labels.mean(), labels.count_T
     var_T = labels.mean((labels.y_P - mean_T[labels.task_P]) ** 2)
+    var_T[var_T <= (1e-12 * mean_T) ** 2] = 0.0  # equal labels: what is left is rounding
     center_T, scale_T = np.zeros(len(tasks)), np.ones(len(tasks))
     standardized_T = np.array([task.kind.standardized for task in tasks])
     shrink = config.shrink if config.shrink is not None else (5.0 if share_units else 0.0)
@@ -304,8 +305,7 @@ def _targets(
     scale = {"task": np.sqrt(own * np.nan_to_num(var_T) + (1 - own) * pooled_var), "pooled": pooled_var**0.5, "none": 1.0}
     center_T = np.where(use_T, center[config.center], 0.0)
     scale_T = np.where(use_T, scale[config.scale], 1.0)
-    tiny = 1e-12 * np.maximum(1.0, np.abs(np.nan_to_num(mean_T)))
-    return center_T, np.where(scale_T > tiny, scale_T, 1.0)
+    return center_T, np.where(scale_T > 0, scale_T, 1.0)
 
 
 def _ragged(rows: Sequence[NDArray[np.float64]]) -> NDArray[Any]:

@@ -155,7 +155,6 @@ class Trainer:
         self.run_id: str | None = None
         self.seconds = 0.0
         self.rows = 0
-        self.state = run_dir.checkpoints.latest()
         self._build()
         self.evaluator.check_metric(config.select.metric)
         self.selection = Selection(HIGHER_IS_BETTER[config.select.metric])
@@ -168,10 +167,7 @@ class Trainer:
         self.shared: SharedModel = build_shared(config.model, self.prepared.x_NF.shape[1], train.seed)
         self.bank = build_bank(self.tasks, config, self.shared).to(device)
         if config.init_from:
-            taken = load_start(RunDir(Path(config.init_from)), self.tasks, self.shared, self.bank)
-            if self.state is None:
-                fresh = len(self.tasks) - len(taken)
-                self.console.print(f"init_from: trunk and {len(taken)} heads taken over, {fresh} heads start fresh")
+            self.taken = load_start(RunDir(Path(config.init_from)), self.tasks, self.shared, self.bank)
         if "trunk" in config.freeze:
             self.shared.requires_grad_(False).eval()
         parameters = [p for p in self.shared.parameters() if p.requires_grad]
@@ -220,7 +216,10 @@ class Trainer:
         )
 
     def run(self) -> dict[str, Any]:
-        state, self.state = self.state, None
+        state = self.run_dir.checkpoints.latest()
+        if self.config.init_from and state is None:
+            fresh = len(self.tasks) - len(self.taken)
+            self.console.print(f"init_from: trunk and {len(self.taken)} heads taken over, {fresh} heads start fresh")
         if state is not None:
             vars(self.selection).update(state["selection"])
             self.seconds, self.rows, self.run_id = state["seconds"], state["rows"], state["run_id"]

@@ -112,7 +112,7 @@ def test_kinds_and_weights_by_name_or_pattern_and_later_entries_win():
     assert kinds(table) == {"n_a": "poisson", "n_b": "regression", "f [0-1]": "binary"}
     assert table.tasks.weight_T.tolist() == [2.0, 0.5, 2.0]
     assert table.tasks[1].kind.loss == "mae"
-    with pytest.raises(UserError, match="tasks.by_name: 'n_c' matches no task; did you mean 'n_b'"):
+    with pytest.raises(UserError, match=r"tasks\.by_name: 'n_c' matches no task; did you mean 'n_b'"):
         grid(columns, by_name={"n_c": {"weight": 1}})
     with pytest.raises(UserError, match="every task has weight 0"):
         grid(columns, by_name={"*": {"weight": 0}})
@@ -208,7 +208,7 @@ def test_a_row_without_a_task_name_is_refused():
     for names in (["a", None, "b"], ["a", "", "b"]):
         with pytest.raises(UserError, match="column 'task', row 2: found no task name"):
             long({"task": names, "y": [1.0, 2.0, 3.0]})
-    with pytest.raises(UserError, match="data.task: column 'task' has type"):
+    with pytest.raises(UserError, match=r"data\.task: column 'task' has type"):
         long({"task": [["a"]], "y": [1.0]})
 
 

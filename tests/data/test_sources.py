@@ -163,7 +163,7 @@ def test_files_with_other_columns_or_types_are_refused(tmp_path):
     (tmp_path / "c.csv").write_text("a,b\nx,2\n")
     with pytest.raises(UserError, match=r"column 'b' is in .*a\.csv but not in .*b\.csv"):
         opened([str(tmp_path / "a.csv"), str(tmp_path / "b.csv")])
-    with pytest.raises(UserError, match="Arrow.*same columns and types"):
+    with pytest.raises(UserError, match=r"Arrow.*same columns and types"):
         opened([str(tmp_path / "a.csv"), str(tmp_path / "c.csv")])
 
 

@@ -338,3 +338,18 @@ def test_autocast_runs_both_kernels_in_its_precision():
     torch.testing.assert_close(routed.float(), exact[torch.arange(6), task_B], atol=0.05, rtol=0.05)
     (grid.float().sum() + routed.float().sum()).backward()
     assert all(p.grad.dtype == torch.float32 for p in bank.parameters())
+
+
+def test_heads_of_tasks_with_equal_names_and_shapes_are_copied_from_another_bank():
+    mine = HeadBank(["a", "b", "c", "d"], [1, 3, 2, 1], 4, hidden=(5,), seed=0)
+    other = HeadBank(["d", "x", "b", "c"], [1, 1, 3, 4], 4, hidden=(5,), seed=1)
+    before = mine.to_modules()
+    assert mine.copy_heads(other) == ["b", "d"]
+    theirs = other.to_modules()
+    for name, head in mine.to_modules().items():
+        expected = theirs[name] if name in "bd" else before[name]
+        for p, q in zip(head.parameters(), expected.parameters(), strict=True):
+            assert torch.equal(p, q)
+    assert mine.copy_heads(other, {"d", "c"}) == ["d"]
+    assert mine.copy_heads(HeadBank(["a"], [1], 4, hidden=(5, 5))) == []
+    assert mine.copy_heads(HeadBank(["a"], [1], 3, hidden=(5,))) == []

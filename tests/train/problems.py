@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from mtrain.config import HeadConfig, ObjectiveConfig, TargetsConfig, TrainConfig, check_config
-from mtrain.data.batch import Batch, Grid, Pairs
+from mtrain.data.batch import Batch, Pairs
 from mtrain.data.prepare import with_statistics
 from mtrain.model.heads import HeadBank
 from mtrain.model.kinds import Binary, Multiclass, Poisson, Quantile, Regression
@@ -66,7 +66,6 @@ def draw_labels(rng, tasks, task_P):
 
 def make_batch(rng, tasks, layout, rows=24, weighted=False, missing=0.4, absent=1):
     """A batch of labels in standardised units; its inputs are the row numbers."""
-    weight = torch.from_numpy(rng.random(rows) + 0.2).float() if weighted else None
     if layout == "routed":
         task, row = rng.integers(len(tasks) - 2, size=rows), np.arange(rows)  # two tasks are absent
     else:
@@ -74,9 +73,10 @@ def make_batch(rng, tasks, layout, rows=24, weighted=False, missing=0.4, absent=
         keep = (rng.random(len(row)) > missing) & (task != absent)
         row, task = row[keep], task[keep]
     y = (draw_labels(rng, tasks, task) - tasks.stats["center"][task]) / tasks.stats["scale"][task]
-    labels = Pairs.of(
-        torch.from_numpy(row), torch.from_numpy(task), torch.from_numpy(y).float(), None if weight is None else weight[torch.from_numpy(row)], rows, len(tasks)
-    )
+    weight = rng.random(rows)[row] if layout == "grid" else rng.random(len(row))  # a grid has weights of rows
+    weight_P = torch.from_numpy(weight + 0.2).float() if weighted else None
+    row_P, task_P, y_P = torch.from_numpy(row), torch.from_numpy(task), torch.from_numpy(y).float()
+    labels = Pairs.of(row_P, task_P, y_P, weight_P, rows, len(tasks))
     x = torch.randn(rows, D, generator=torch.Generator().manual_seed(0))
     return Batch(x, torch.arange(rows), labels.grid() if layout == "grid" else labels)
 
@@ -193,10 +193,6 @@ def head_gradients(bank, updates):
 def rows_as_inputs(batch):
     """The same batch with inputs that `Rows` turns into the row's own features."""
     return Batch(batch.row_B[:, None].float(), batch.row_B, batch.labels)
-
-
-def is_grid(batch):
-    return isinstance(batch.labels, Grid)
 
 
 INPUTS = [f"x{i}" for i in range(5)]

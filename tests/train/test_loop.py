@@ -41,6 +41,10 @@ def weights(path, name="latest"):
 
 
 def assert_same_run(a, b):
+    if (a / "split-0").is_dir():
+        for split in ("split-0", "split-1"):
+            assert_same_run(a / split, b / split)
+        return
     assert curve(a) == curve(b)
     for name in ("latest", "model"):
         mine, other = weights(a, name), weights(b, name)
@@ -57,11 +61,13 @@ class Killed(Exception):
 
 RESUMED = {
     "grid": ("grid", {}),
+    "two split seeds": ("grid", {"split": {"seeds": [0, 1], "parts": {"train": 0.6, "valid": 0.2, "test": 0.2}}}),
     "grid with a refit": ("grid", {"split": {"refit": True, "parts": {"train": 0.6, "valid": 0.2, "test": 0.2}}}),
     "routed": ("routed", {}),
     "routed towards shared heads": ("routed", {"model": {"trunk": "Identity", "head": {"toward_shared": 10.0}}}),
     "pairs with accumulation": ("pairs", {"train": {"epochs": 4, "global_batch": 16, "micro_batch": 5, "log_every": 4}}),
     "a user's own random trunk": ("grid", {"model": {"trunk": "problems.OwnTrunk"}}),
+    "an ensemble": ("pairs", {"model": {"trunk": {"class_path": "MLP", "init_args": {"widths": [8], "members": 2}}}}),
 }
 
 
@@ -72,7 +78,7 @@ def test_a_run_that_was_stopped_is_the_run_that_was_not(case, how, tmp_path, mon
     config = run_config(layout, **sections)
     train(config, tmp_path / "straight")
     call, seen = Stepper.__call__, []
-    num_calls = curve(tmp_path / "straight")[-1]["step"]
+    num_calls = sum(curve(file.parent)[-1]["step"] for file in (tmp_path / "straight").rglob("metrics.jsonl"))
     stop_at = {int(a * num_calls) + 1 for a in (0.1, 0.45, 0.9)}
 
     def stopping(self, batch, step, totals):
