@@ -102,6 +102,8 @@ class Linear(nn.Module):
 
     def __init__(self, in_features: int, width: int = 128):
         super().__init__()
+        if width < 1:
+            raise UserError(f"model.trunk: width is {width}, expected at least 1")
         self.neck = nn.Linear(in_features, width)
         self.out_features = width
 

@@ -17,9 +17,7 @@ from torch import Tensor
 
 from mtrain.model.heads import HeadBank
 
-LARGE_HEAD = (
-    1024  # elements; below it a call of the fused kernel for each head costs more on a CPU than passes over all
-)
+LARGE_HEAD = 1024  # elements; below it a call of the fused kernel for each head costs more on a CPU than passes over all
 
 
 @dataclass(frozen=True)
@@ -133,9 +131,7 @@ class HeadAdamW(torch.optim.Optimizer):
                 maximize=False,
             )
 
-    def _update_rows(
-        self, stacks: list[Tensor], grad: Tensor, active_A: Tensor | None, options: dict[str, Any]
-    ) -> None:
+    def _update_rows(self, stacks: list[Tensor], grad: Tensor, active_A: Tensor | None, options: dict[str, Any]) -> None:
         if active_A is not None:
             active_A = active_A.to(grad.device)
         weight, mean, square, step = stacks if active_A is None else [s.index_select(0, active_A) for s in stacks]

@@ -14,7 +14,7 @@ from mtrain.config import ObjectiveConfig
 from mtrain.data.batch import Pairs
 from mtrain.data.loader import Part
 from mtrain.errors import UserError
-from mtrain.model.kinds import Binary, Multiclass, Poisson, Quantile, Regression
+from mtrain.model.kinds import Binary, Multiclass, Poisson, Quantile
 from mtrain.train import evaluate
 from mtrain.train.evaluate import Evaluator, flatten
 from mtrain.train.objective import Objective
@@ -81,7 +81,9 @@ def naive(tasks, bank, x, entries):
         logits = modules[task.name](x[row].double()).detach()
         shift = math.log(stats["pos_weight"]) if "pos_weight" in task.kind.param_names else 0.0
         constant = torch.from_numpy(stats["constant"])
-        deviances = [float(label_loss(plain_kind(task.kind), v - shift, float(np.float32(standard)), 1.0)) for v in (logits, constant)]
+        deviances = [
+            float(label_loss(plain_kind(task.kind), v - shift, float(np.float32(standard)), 1.0)) for v in (logits, constant)
+        ]
         own = found.setdefault(int(t), ([], [], [], []))
         for values, value in zip(own, (y, naive_predictions(task, stats, logits), *deviances), strict=True):
             values.append(value)
@@ -154,10 +156,12 @@ def test_only_the_asked_metrics_are_computed_with_the_same_values(problem):
 
 
 def test_a_task_that_a_constant_predicts_perfectly_has_no_skill(problem):
-    tasks, evaluator, x, part, (row, task, y, _) = problem
+    tasks, evaluator, x, _, (row, task, y, _) = problem
     for t in (0, 5, 1):
         y[task == t] = {0: 0.1, 5: 0.0, 1: 1.0}[t]
-        evaluator.constant_TO[t, 0] = {0: (0.1 - tasks.stats["center"][0]) / tasks.stats["scale"][0] + 1e-8, 5: -30.0, 1: 30.0}[t]
+        evaluator.constant_TO[t, 0] = {0: (0.1 - tasks.stats["center"][0]) / tasks.stats["scale"][0] + 1e-8, 5: -30.0, 1: 30.0}[
+            t
+        ]
     standard = (y - tasks.stats["center"][task]) / tasks.stats["scale"][task]
     scores = evaluator.score(x, part_of(row, task, y, standard, None, len(tasks)))
     assert np.isnan(scores.per_task["skill"][[0, 1, 5]]).all()
@@ -191,7 +195,9 @@ def test_predictions_of_all_tasks_equal_a_loop(problem):
                     assert value[: len(expected)].tolist() == pytest.approx(expected, rel=1e-4)
                     assert not value[len(expected) :].any()
                 else:
-                    assert float(kind.point(value)) == pytest.approx(naive_predictions(tasks[t], stats, logits), rel=1e-4, abs=1e-5)
+                    assert float(kind.point(value)) == pytest.approx(
+                        naive_predictions(tasks[t], stats, logits), rel=1e-4, abs=1e-5
+                    )
     assert seen == set(range(len(tasks)))
 
 
