@@ -140,7 +140,10 @@ class Stepper:
         num_labels = int(batch.labels.count_T().sum())
         if num_labels == 0:
             return
-        torch.manual_seed((self.config.seed * 1_000_003 + step) % 2**63)  # for random modules of the user's own trunk
+        seed = (self.config.seed * 1_000_003 + step) % 2**63  # for random modules of the user's own trunk
+        torch.default_generator.manual_seed(seed)
+        if self.weight_T.device.type != "cpu":
+            torch.manual_seed(seed)
         single = len(micro_batches) == 1
         if not single and self.last_loss_T is not None:  # a window's weights come from the statistics of the one before
             self._balance(self.last_loss_T)
