@@ -93,7 +93,7 @@ def train(config: Config, beside: Path, run_path: Path, console: Console) -> dic
             summaries.append(current.run())
     summary = summaries[0] if len(seeds) == 1 else average_summaries(summaries)
     if len(seeds) > 1:
-        run.save_json("summary.json", summary)
+        run.save_averages(summary)
     tables.print_summary(summary, config, run.path, console)
     return summary
 
@@ -226,17 +226,17 @@ def show_tasks(config: Config, beside: Path, console: Console) -> None:
 
 
 def _save_inputs(run: RunDir, data: Prepared) -> None:
-    """What a run needs to read new rows as it read its own, and which unit is in which part."""
+    """What a run needs to read new rows as it read its own, and which row of the table is in which part."""
     run.save_table("tasks.parquet", data.tasks.to_arrow())
     features = [
         {"columns": item.columns, "feature": item.spec.model_dump(), "state": item.feature.state_dict()}
         for item in data.features
     ]
     run.save_json("features.json", features)
-    unit = np.concatenate(list(data.split_units.values()))
-    part = np.repeat(list(data.split_units), [len(units) for units in data.split_units.values()])
-    order = np.argsort(unit)
-    run.save_table("split.parquet", pa.table({"row": unit[order], "part": part[order]}))
+    row = np.concatenate(list(data.split_rows.values()))
+    part = np.repeat(list(data.split_rows), [len(rows) for rows in data.split_rows.values()])
+    order = np.argsort(row)
+    run.save_table("split.parquet", pa.table({"row": row[order], "part": part[order]}))
 
 
 def _own_prediction(task_N: pa.ChunkedArray, tasks: TaskTable, sums: dict[int, NDArray[np.float64]]) -> pa.Array:

@@ -93,13 +93,16 @@ class Source:
 
 @dataclass
 class Prepared:
-    """Tensors of one split: inputs `x_NF`, parts, and the task table with its training statistics."""
+    """Tensors of one split: inputs `x_NF`, parts, and the task table with its training statistics.
+
+    `split_rows` are the rows of the source table (pairs: their labels) in each part.
+    """
 
     tasks: TaskTable
     x_NF: Tensor
     parts: dict[str, Part]
     features: list[FeatureColumn]
-    split_units: dict[str, NDArray[np.int64]]
+    split_rows: dict[str, NDArray[np.int64]]
     split_hash: str
     overlap: float | None
     notes: list[str]
@@ -240,7 +243,8 @@ def prepare(source: Source, seed: int) -> Prepared:
         shared = overlap(
             rows[torch.from_numpy(train_inputs)].numpy(), rows[torch.from_numpy(source.input_U[units["test"]])].numpy()
         )
-    return Prepared(tasks, x_NF, parts, source.features, units, split_hash(units), shared, notes)
+    rows_of = {name: source.row_U[unit] for name, unit in units.items()}
+    return Prepared(tasks, x_NF, parts, source.features, rows_of, split_hash(rows_of), shared, notes)
 
 
 def with_statistics(
@@ -249,7 +253,8 @@ def with_statistics(
     """The table with what its training labels say.
 
     `train_labels`, `mean`, `std` in original units; `center` and `scale` of standardised targets; the constant
-    predictor's `constant_deviance` and the kind's `typical_loss` in the units of the loss.
+    predictor's `constant_deviance` and `constant_loss` (with positive weights and label smoothing) and the kind's
+    `typical_loss` in the units of the loss.
     """
     num_outputs_T = tasks.num_outputs_T
     labels = SortedLabels(task_P, y_P, num_outputs_T)  # means need no order
@@ -270,7 +275,7 @@ def with_statistics(
     }
     y_std = (y_P - center_T[task_P]) / scale_T[task_P]
     constant = [np.zeros(0)] * len(tasks)
-    deviance_T, typical_T = np.full(len(tasks), np.nan), np.ones(len(tasks))
+    deviance_T, loss_T, typical_T = np.full((3, len(tasks)), np.nan)
     for kind, at in tasks.by_kind().items():
         position = np.full(len(tasks), -1)
         position[at] = np.arange(len(at))
@@ -284,11 +289,12 @@ def with_statistics(
             constant[t] = row[: num_outputs_T[t]]
         param_P = {k: torch.from_numpy(v)[of_kind.task_P] for k, v in params.items()}
         param_P["num_outputs"] = torch.from_numpy(of_kind.num_outputs_T)[of_kind.task_P]
-        loss_P = kind.deviances(torch.from_numpy(logits_TO)[of_kind.task_P], torch.from_numpy(of_kind.y_P), param_P)
-        deviance_T[at] = of_kind.mean(loss_P.numpy())
+        logits_PO, y_of_P = torch.from_numpy(logits_TO)[of_kind.task_P], torch.from_numpy(of_kind.y_P)
+        deviance_T[at] = of_kind.mean(kind.deviances(logits_PO, y_of_P, param_P).numpy())
+        loss_T[at] = of_kind.mean(kind.losses(logits_PO, y_of_P, param_P).numpy())
         typical_T[at] = kind.typical_loss(num_outputs_T[at], deviance_T[at])
-    stats["constant_deviance"] = deviance_T
-    return replace(tasks, stats=stats | {"typical_loss": typical_T, "constant": _ragged(constant)})
+    stats |= {"constant_deviance": deviance_T, "constant_loss": loss_T, "typical_loss": typical_T}
+    return replace(tasks, stats=stats | {"constant": _ragged(constant)})
 
 
 def _targets(

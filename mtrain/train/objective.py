@@ -166,7 +166,7 @@ def coefficients(tasks: TaskTable, config: ObjectiveConfig, sampling_T: NDArray[
             share_T = np.where(probability_T > 0, 1 / (probability_T * np.count_nonzero(probability_T)), 0.0)
     scale_T = np.ones(len(tasks))
     if config.scale != "none":
-        scale_T = tasks.stats["typical_loss" if config.scale == "kind" else "constant_deviance"]
+        scale_T = tasks.stats["typical_loss" if config.scale == "kind" else "constant_loss"]
         scale_T = np.maximum(np.nan_to_num(scale_T, nan=1.0), SCALE_FLOOR)
     return np.where(count_T > 0, tasks.weight_T * share_T / scale_T, 0.0)
 

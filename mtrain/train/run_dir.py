@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import yaml
@@ -78,6 +79,16 @@ class RunDir:
         if not path.is_file():
             raise UserError(f"run {self.path}: holds no tasks.parquet; expected a run that has been trained")
         return TaskTable.load(path)
+
+    def save_averages(self, summary: dict[str, Any]) -> None:
+        """summary.json, and tasks.parquet and per_task.parquet with the mean over the split seeds."""
+        for name in ("tasks.parquet", "per_task.parquet"):
+            frame = pd.concat([pd.read_parquet(one.path / name) for one in self.splits()])
+            by_task = frame.groupby("task", sort=False)
+            numbers = frame.select_dtypes("number").columns
+            averaged = by_task.first().assign(**by_task[list(numbers)].mean()).reset_index()[frame.columns]
+            self.save_table(name, pa.Table.from_pandas(averaged, preserve_index=False))
+        self.save_json("summary.json", summary)
 
     def save_json(self, name: str, value: Any) -> None:
         self._write_text(name, json.dumps(value, indent=1, allow_nan=False))

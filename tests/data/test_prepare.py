@@ -52,12 +52,12 @@ GRID = {"data": {"layout": "grid"}, "inputs": {"x*": "Numeric"}}
 def test_the_parts_of_a_grid_hold_exactly_its_labels(tmp_path):
     frame = grid_frame()
     _, data = prepared(tmp_path, frame, GRID)
-    assert {name: len(units) for name, units in data.split_units.items()} == {"train": 160, "valid": 20, "test": 20}
+    assert {name: len(units) for name, units in data.split_rows.items()} == {"train": 160, "valid": 20, "test": 20}
     for name, part in data.parts.items():
         assert isinstance(part.labels, Grid)
         wanted = {
             (int(row), f"y{t}"): frame[f"y{t}"][row]
-            for row in data.split_units[name]
+            for row in data.split_rows[name]
             for t in range(6)
             if not np.isnan(frame[f"y{t}"][row])
         }
@@ -67,7 +67,7 @@ def test_the_parts_of_a_grid_hold_exactly_its_labels(tmp_path):
 def test_inputs_and_targets_are_fitted_on_training_rows_only(tmp_path):
     frame = grid_frame()
     _, data = prepared(tmp_path, frame, GRID)
-    train = data.split_units["train"]
+    train = data.split_rows["train"]
     x = frame[["x1", "x2"]].to_numpy()
     naive = (x - x[train].mean(0)) / x[train].std(0)
     np.testing.assert_allclose(data.x_NF.numpy(), naive, atol=1e-5)
@@ -94,14 +94,15 @@ def test_routed_parts_hold_each_row_once_with_its_task_label_and_weight(tmp_path
     frame.loc[3::7, "y"] = np.nan
     tree = ROUTED | {"data": ROUTED["data"] | {"weight": "w"}, "split": {"by": "within_task"}}
     _, data = prepared(tmp_path, frame, tree)
-    kept = frame[frame.y.notna()].reset_index(drop=True)
+    kept = np.flatnonzero(frame.y.notna())
     assert len(data.x_NF) == len(kept)
     for name, part in data.parts.items():
         assert isinstance(part.labels, Pairs)
-        units = data.split_units[name]
-        assert part.row_R.tolist() == units.tolist()
-        assert_same_entries(entries(part, data.tasks), {(int(u), kept.task[u]): kept.y[u] for u in units})
-        np.testing.assert_allclose(part.labels.weight_P, kept.w[units], rtol=1e-6)
+        rows = data.split_rows[name]
+        assert kept[part.row_R].tolist() == rows.tolist()
+        wanted = {(int(at), frame.task[row]): frame.y[row] for at, row in zip(part.row_R, rows, strict=True)}
+        assert_same_entries(entries(part, data.tasks), wanted)
+        np.testing.assert_allclose(part.labels.weight_P, frame.w[rows], rtol=1e-6)
 
 
 def pairs_frame(keys=60, tasks=8, share=0.5, seed=0):
@@ -126,12 +127,12 @@ def test_pairs_have_one_input_for_each_key_and_a_split_of_labels(tmp_path, by):
     np.testing.assert_allclose(np.corrcoef(data.x_NF[:, 0], first)[0, 1], 1)
     seen = {}
     for name, part in data.parts.items():
-        units = data.split_units[name]
+        units = data.split_rows[name]
         wanted = {(order.index(frame.id[u]), frame.task[u]): frame.y[u] for u in units}
         assert_same_entries(entries(part, data.tasks), wanted)
         for unit in units:
             seen.setdefault(frame.id[unit], set()).add(name)
-    assert sum(len(units) for units in data.split_units.values()) == len(frame)
+    assert sum(len(units) for units in data.split_rows.values()) == len(frame)
     assert by == "within_task" or all(len(parts) == 1 for parts in seen.values())
 
 
