@@ -70,9 +70,7 @@ def hand_written(data: Prepared, fused: bool) -> Callable[[], float]:
     assert isinstance(part.labels, Grid)
     x_NF, y_NT = data.x_NF[part.row_R], part.labels.y_BT
     torch.manual_seed(0)
-    model = nn.Sequential(
-        nn.Linear(x_NF.shape[1], WIDTH), nn.ReLU(), nn.Dropout(DROPOUT), nn.Linear(WIDTH, y_NT.shape[1])
-    )
+    model = nn.Sequential(nn.Linear(x_NF.shape[1], WIDTH), nn.ReLU(), nn.Dropout(DROPOUT), nn.Linear(WIDTH, y_NT.shape[1]))
     optimizer = torch.optim.AdamW(model.parameters(), lr=LR, fused=fused)
     criterion = nn.BCEWithLogitsLoss(reduction="none")
 
@@ -108,7 +106,7 @@ def ours(data: Prepared, config: Config, folder: Path) -> Callable[[], float]:
     return epoch
 
 
-def run(json_path: Path | None = None, epochs: int = 5) -> list[dict[str, Any]]:
+def run(json_path: Path | None = None, epochs: int = 9) -> list[dict[str, Any]]:
     """Time `epochs` interleaved epochs of each after a warm-up; prints and returns the figures."""
     datasets.disable_progress_bars()
     config = make_config()

@@ -61,11 +61,15 @@ class RowLoader:
         self.x_NF, self.part, self.seed = x_NF, part, seed
         self.batch_size = min(batch_size, part.num_rows)
         self.steps_per_epoch = -(-part.num_rows // self.batch_size)
+        self._block: tuple[int, NDArray[np.int64]] | None = None
 
     def batch(self, step: int) -> Batch:
-        position_B = np.arange(step * self.batch_size, (step + 1) * self.batch_size)
-        at_B = shuffled(self.seed, name_key("rows"), position_B, self.part.num_rows)
-        return self.part.batch(self.x_NF, torch.from_numpy(at_B))
+        number = step // _BLOCK
+        if self._block is None or self._block[0] != number:
+            size = _BLOCK * self.batch_size
+            rows = shuffled(self.seed, name_key("rows"), np.arange(number * size, (number + 1) * size), self.part.num_rows)
+            self._block = number, rows.reshape(_BLOCK, self.batch_size)
+        return self.part.batch(self.x_NF, torch.from_numpy(self._block[1][step % _BLOCK]))
 
     def state_dict(self) -> dict[str, Any]:
         return {}

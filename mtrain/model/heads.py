@@ -272,9 +272,7 @@ class HeadGroup(nn.Module):
             return stacks
         return [stack.detach().index_select(0, active_A).requires_grad_() for stack in stacks]
 
-    def _hidden(
-        self, x: Tensor, layer: int, keys: Tensor | None, heads: Tensor | slice, shape: Sequence[int]
-    ) -> Tensor:
+    def _hidden(self, x: Tensor, layer: int, keys: Tensor | None, heads: Tensor | slice, shape: Sequence[int]) -> Tensor:
         """Activation and dropout after hidden layer `layer`, by the unit constants of `heads`, viewed as `shape`."""
         x = ACTIVATIONS[self.activation][0](x)
         if keys is None or not self.training or not self.dropout:
@@ -387,14 +385,10 @@ class HeadBank(nn.Module):
         if not 0 <= dropout < 1:
             raise UserError(f"dropout is {dropout}: expected a probability, at least 0 and below 1")
         members = [[i for i, k in enumerate(keys) if k == key] for key in dict.fromkeys(keys)]
-        grouped = [
-            [ids[i] for i in group] for ids in members for group in group_by_size([self.outputs[i] for i in ids])
-        ]
+        grouped = [[ids[i] for i in group] for ids in members for group in group_by_size([self.outputs[i] for i in ids])]
         widths = (in_features, *self.hidden)
         groups = (
-            HeadGroup(
-                [self.names[i] for i in ids], [self.outputs[i] for i in ids], ids, widths, activation, dropout, seed
-            )
+            HeadGroup([self.names[i] for i in ids], [self.outputs[i] for i in ids], ids, widths, activation, dropout, seed)
             for ids in grouped
         )
         self.groups = cast(Sequence[HeadGroup], nn.ModuleList(groups))
@@ -449,9 +443,7 @@ class HeadBank(nn.Module):
         Raises:
             UserError: naming the first head that is something else or does not fit the others.
         """
-        named = list(
-            heads.items() if isinstance(heads, nn.ModuleDict) else ((str(i), head) for i, head in enumerate(heads))
-        )
+        named = list(heads.items() if isinstance(heads, nn.ModuleDict) else ((str(i), head) for i, head in enumerate(heads)))
         shapes = [_head_shape(name, head) for name, head in named]
         if not shapes:
             raise UserError("there are no heads to convert: expected at least one")
@@ -543,11 +535,7 @@ def _head_shape(name: str, head: nn.Module) -> tuple[tuple[int, ...], Activation
     acts = {key for key, (_, module) in ACTIVATIONS.items() for layer in layers if type(layer) is module}
     drops = {layer.p for layer in layers if isinstance(layer, nn.Dropout)}
     chained = all(a.out_features == b.in_features for a, b in pairwise(linears))
-    if (
-        not re.fullmatch("L(AL)*|L(ADL)*", "".join(map(_letter, layers)))
-        or not chained
-        or max(len(acts), len(drops)) > 1
-    ):
+    if not re.fullmatch("L(AL)*|L(ADL)*", "".join(map(_letter, layers))) or not chained or max(len(acts), len(drops)) > 1:
         raise UserError(
             f"head '{name}' is {head}: expected nn.Linear or nn.Sequential(Linear, activation, [Dropout], ..., Linear) "
             f"with biases and one activation of {', '.join(ACTIVATIONS)}"

@@ -80,10 +80,11 @@ def pieces(bank: HeadBank, z_BD: Tensor, labels: Labels, routes: list[Route], ke
 
     if isinstance(labels, Grid):
         weight = None if labels.weight_B is None else labels.weight_B[:, None]
+        y_TB = labels.y_BT.t().contiguous()  # as the grid kernel lays out its logits: element-wise passes are then fast
         for number, group in enumerate(bank.groups):
             z, first = of_member(number)
             task_A = group.task_ids - first
-            y = labels.y_BT if len(task_A) == num_tasks else labels.y_BT[:, task_A]
+            y = (y_TB if len(task_A) == num_tasks else y_TB[task_A]).t()
             stacks = list(group.parameters())
             yield Piece(number, group, task_A, None, stacks, group.grid(z, stacks, keys_B), y, weight, None, ~y.isnan())
         return

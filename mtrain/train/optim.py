@@ -23,11 +23,12 @@ LARGE_HEAD = 1024  # elements; below it a call of the fused kernel for each head
 @dataclass(frozen=True)
 class HeadUpdate:
     """Gradients of the heads `active_A` (ids inside group number `group`; None = all of them in order), one `[A, ...]`
-    for each of the group's parameters, in their order."""
+    for each of the group's parameters, in their order; if `dense`, one `[T_g, ...]`, of which only `active_A` are read."""
 
     group: int
     grads: Sequence[Tensor]
     active_A: Tensor | None = None
+    dense: bool = False
 
 
 class HeadAdamW(torch.optim.Optimizer):
@@ -91,45 +92,81 @@ class HeadAdamW(torch.optim.Optimizer):
                 self._update(update)
 
     def _update(self, update: HeadUpdate) -> None:
-        """Three ways to the same numbers: whole stacks by the fused kernel where all heads have one step count; each
+        """Three ways to the same numbers: whole stacks by the fused kernel where most heads have one step count; each
         active head's slice by the fused kernel where heads are so large that a call for each pays; else by rows."""
         options, active_A = self.param_groups[update.group], update.active_A
+        params: list[Tensor] = options["params"]
         grads = [grad.contiguous() for grad in update.grads]
         if options["max_norm"] is not None:
             grads = clip_per_head(grads, options["max_norm"])
-        weights, fused_grads, means, squares, steps = fused = [list[Tensor]() for _ in range(5)]
-        for p, grad in zip(options["params"], grads, strict=True):
-            step_T = self.state[p]["step"]
-            step_T[slice(None) if active_A is None else active_A] += 1
-            if active_A is None and bool((step_T == step_T[0]).all()):
-                stack, mean, square, _ = self._stacks(p)
-                pieces: list[Iterable[Tensor]] = [[stack], [grad], [mean], [square], [step_T[0]]]
-            elif p.device.type == "cpu" and p[0].numel() >= LARGE_HEAD:
+        for p in params:
+            self.state[p]["step"][slice(None) if active_A is None else active_A] += 1
+        if (active_A is None or update.dense) and self._update_whole(params, grads, active_A, options):
+            return
+        if update.dense and active_A is not None:
+            grads = [grad.index_select(0, active_A.to(grad.device)) for grad in grads]
+        lists = [list[Tensor]() for _ in range(5)]
+        for p, grad in zip(params, grads, strict=True):
+            if p.device.type == "cpu" and p[0].numel() >= LARGE_HEAD:
                 ids = None if active_A is None else active_A.tolist()
-                slices = [views if ids is None else map(views.__getitem__, ids) for views in self._views(p)]
-                pieces = [slices[0], grad.unbind(), *slices[1:]]
+                weight, *moments = [views if ids is None else map(views.__getitem__, ids) for views in self._views(p)]
+                for tensors, slices in zip(lists, (weight, grad.unbind(), *moments), strict=True):
+                    tensors += slices
             else:
                 self._update_rows(self._stacks(p), grad, active_A, options)
-                continue
-            for tensors, piece in zip(fused, pieces, strict=True):
-                tensors += piece
-        if weights:
-            beta1, beta2 = options["betas"]
-            torch._fused_adamw_(
-                weights,
-                fused_grads,
-                means,
-                squares,
-                [],
-                steps,
-                lr=options["lr"],
-                beta1=beta1,
-                beta2=beta2,
-                weight_decay=options["weight_decay"],
-                eps=options["eps"],
-                amsgrad=False,
-                maximize=False,
-            )
+        if lists[0]:
+            self._fused(options, *lists)
+
+    def _update_whole(
+        self, params: list[Tensor], grads: list[Tensor], active_A: Tensor | None, options: dict[str, Any]
+    ) -> bool:
+        """Step all heads at once with the commonest step count, then put back those that are absent or have another
+        count, and update these by rows; returns False, with nothing done, where that would be most heads."""
+        step_T = self.state[params[0]]["step"]
+        common = step_T.mode().values
+        apart_T, absent_T = step_T != common, torch.zeros_like(step_T, dtype=torch.bool)
+        if active_A is not None:
+            absent_T = torch.ones_like(absent_T).index_fill_(0, active_A.to(step_T.device), False)
+        apart = (apart_T | absent_T).nonzero().squeeze(1)
+        if len(apart) > len(step_T) // 2:
+            return False
+        stacks = [self._stacks(p) for p in params]
+        kept = [[stack.index_select(0, apart) for stack in of_one[:3]] for of_one in stacks]
+        weights, means, squares, _ = (list(same) for same in zip(*stacks, strict=True))
+        self._fused(options, weights, grads, means, squares, [common] * len(params))
+        late = apart[~absent_T[apart]]
+        for of_one, rows_of_one, grad in zip(stacks, kept, grads, strict=True):
+            for stack, rows in zip(of_one, rows_of_one, strict=False):
+                stack.index_copy_(0, apart, rows)
+            if len(late):
+                self._update_rows(of_one, grad.index_select(0, late), late, options)
+        return True
+
+    @staticmethod
+    def _fused(
+        options: dict[str, Any],
+        weights: list[Tensor],
+        grads: list[Tensor],
+        means: list[Tensor],
+        squares: list[Tensor],
+        steps: list[Tensor],
+    ) -> None:
+        beta1, beta2 = options["betas"]
+        torch._fused_adamw_(
+            weights,
+            grads,
+            means,
+            squares,
+            [],
+            steps,
+            lr=options["lr"],
+            beta1=beta1,
+            beta2=beta2,
+            weight_decay=options["weight_decay"],
+            eps=options["eps"],
+            amsgrad=False,
+            maximize=False,
+        )
 
     def _update_rows(self, stacks: list[Tensor], grad: Tensor, active_A: Tensor | None, options: dict[str, Any]) -> None:
         if active_A is not None:

@@ -219,12 +219,14 @@ class Stepper:
             own, grads = grads[: len(piece.params)], grads[len(piece.params) :]
             strength_A = coefficient_T[piece.task_A] * loss.count_A * (1.0 if self.scale is None else self.scale.value)
             self.shared_heads.pull(piece.number, piece.task_A, piece.active_A, own, strength_A)
-            active_A = piece.active_A
+            active_A, dense = piece.active_A, False
             if not moves_A.all():
                 at = moves_A.nonzero().squeeze(1)
+                dense = active_A is None
+                if active_A is not None:
+                    own = [grad[at.to(grad.device)] for grad in own]
                 active_A = at if active_A is None else active_A[at]
-                own = [grad[at.to(grad.device)] for grad in own]
-            updates.append(HeadUpdate(piece.number, own, active_A))
+            updates.append(HeadUpdate(piece.number, own, active_A, dense))
         return updates
 
     def _apply(self, updates: list[HeadUpdate], window: Window, totals: Totals) -> None:
@@ -263,14 +265,19 @@ def _merged(updates: Sequence[Sequence[HeadUpdate]]) -> list[HeadUpdate]:
     merged = []
     for group, parts in by_group.items():
         stacks = list(zip(*(part.grads for part in parts), strict=True))  # for each parameter, of each micro-batch
-        ids = [part.active_A for part in parts if part.active_A is not None]
-        if not ids:
+        if all(part.active_A is None for part in parts):
             merged.append(HeadUpdate(group, [torch.stack(grads).sum(0) for grads in stacks]))
             continue
         ids = [torch.arange(len(p.grads[0])) if p.active_A is None else p.active_A for p in parts]
         active_A, slot = torch.unique(torch.cat(ids), return_inverse=True)
-        merged.append(HeadUpdate(group, [_sum_rows(grads, slot, len(active_A)) for grads in stacks], active_A))
+        rows = [[_rows(grad, part) for grad, part in zip(grads, parts, strict=True)] for grads in stacks]
+        merged.append(HeadUpdate(group, [_sum_rows(grads, slot, len(active_A)) for grads in rows], active_A))
     return merged
+
+
+def _rows(grad: Tensor, update: HeadUpdate) -> Tensor:
+    """Gradients of the active heads only."""
+    return grad[update.active_A.to(grad.device)] if update.dense and update.active_A is not None else grad
 
 
 def _sum_rows(grads: Sequence[Tensor], slot: Tensor, length: int) -> Tensor:

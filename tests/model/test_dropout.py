@@ -49,9 +49,7 @@ def test_the_drop_rate_is_p_and_units_and_rows_are_uncorrelated(name, p):
 
 def test_masks_of_steps_seeds_and_layers_are_unrelated():
     rows = torch.arange(2000)
-    variants = [
-        masks(0.5, row_keys(s, k, rows), layer=layer) for s, k, layer in [(0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1)]
-    ]
+    variants = [masks(0.5, row_keys(s, k, rows), layer=layer) for s, k, layer in [(0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1)]]
     for i, a in enumerate(variants):
         for b in variants[:i]:
             assert abs((a == b).double().mean() - 0.5) < 5 * 0.5 / a.numel() ** 0.5

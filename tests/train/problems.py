@@ -184,7 +184,7 @@ def head_gradients(bank, updates):
         layers = len(group.weights)
         for a, local in enumerate(active):
             size = int(group.sizes[local])
-            grads = [grad[a] for grad in update.grads]
+            grads = [grad[local if update.dense else a] for grad in update.grads]
             grads[layers - 1], grads[-1] = grads[layers - 1][:size], grads[-1][:size]
             found[group.names[local]] = [g for pair in zip(grads[:layers], grads[layers:], strict=True) for g in pair]
     return found

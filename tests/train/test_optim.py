@@ -139,6 +139,27 @@ def test_a_scheduler_moves_the_learning_rate_of_every_group():
     assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([0.1] * len(bank.groups))
 
 
+def test_dense_gradients_move_the_active_heads_only_whatever_the_others_hold():
+    torch.manual_seed(0)
+    bank, twin = make_bank(), make_bank()
+    twin.load_state_dict(bank.state_dict())
+    dense, rows = HeadAdamW(bank, **OPTIONS), HeadAdamW(twin, **OPTIONS)
+    for share in (0.9, 0.9, 0.3, 0.9, 0.6, 1.0, 0.95):
+        updates = [[], []]
+        for number, group in enumerate(bank.groups):
+            active_A = (torch.rand(len(group.names)) < share).nonzero().squeeze(1)
+            grads = [torch.randn_like(p) for p in group.parameters()]
+            updates[1].append(HeadUpdate(number, [grad[active_A] for grad in grads], active_A))
+            absent = torch.ones(len(group.names), dtype=torch.bool).index_fill_(0, active_A, False)
+            for grad in grads:
+                grad[absent] = torch.nan
+            updates[0].append(HeadUpdate(number, grads, active_A, dense=True))
+        dense.step(updates[0])
+        rows.step(updates[1])
+        for mine, theirs in zip(bank.parameters(), twin.parameters(), strict=True):
+            torch.testing.assert_close(mine, theirs, rtol=1e-6, atol=1e-7)
+
+
 def test_an_update_without_active_heads_changes_nothing():
     bank = make_bank()
     optimizer = HeadAdamW(bank, max_norm=1.0)
