@@ -263,6 +263,16 @@ def test_molecules_that_do_not_parse_are_predicted_as_null(tmp_path, capsys):
     assert "1 of 3 rows have inputs that cannot be used: no prediction" in capsys.readouterr().out
 
 
+def test_a_trained_run_cannot_be_made_shorter_and_keeps_its_record(tmp_path, capsys):
+    words = ["train", "configs/digits.yaml", "--run_dir", str(tmp_path / "run"), "--train.epochs"]
+    for epochs, status in (("2", 0), ("1", 2)):
+        with pytest.raises(SystemExit) as exit:
+            main([*words, epochs])
+        assert exit.value.code == status
+    assert "train.epochs: 2 -> 1; a run can be made longer, not shorter" in capsys.readouterr().err
+    assert "epochs: 2.0" in (tmp_path / "run" / "config.yaml").read_text()
+
+
 def test_the_embedded_default_trains_for_a_few_epochs(tmp_path):
     words = ["--train.epochs", "6", "--train.decay", "constant"]
     assert mtrain("train", ROOT / "configs" / "digits.yaml", *words, "--run_dir", tmp_path / "run") == 0

@@ -134,7 +134,9 @@ def read_source(config: Config, beside: Path | None = None) -> Source:
         chosen = config.tasks.labels
         candidates = columns if chosen.include != ["*"] else [c for c in columns if c not in used]
         if chosen.include == ["*"] and not config.inputs:
-            raise UserError("tasks.labels and inputs are both missing: name the label columns or the input columns")
+            raise UserError(
+                "which columns are labels is not said: name them in tasks.labels.include, or name the input columns in inputs"
+            )
         label_columns = select(candidates, chosen, "tasks.labels", known=columns)
         if both := [name for name in label_columns if name in used - {config.split.column}]:
             raise UserError(f"tasks.labels: column '{both[0]}' is also an input, key or weight; it can be only one of them")

@@ -39,6 +39,8 @@ def print_summary(summary: dict[str, Any], config: Config, run_dir: Path, consol
         selected = config.select.metric
         for name in sorted(metrics, key=lambda n: (n != selected, FIRST.index(n) if n in FIRST else len(FIRST))):
             row = metrics[name]
+            if row["mean"] is None and row["pooled"] is None:
+                continue
             sd = row.get("sd", {})
             cells = [_number(row[k], sd.get(k)) for k in ("mean", "median", "worst_decile", "pooled")]
             table.add_row(name, *cells, f"{row['scored']:g}", style="bold" if name == selected else None)

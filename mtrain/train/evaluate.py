@@ -123,7 +123,7 @@ class Evaluator:
             skill_T = np.where(constant_T > PERFECT * count_T, 1 - deviance_T / constant_T, np.nan)
             per_task = {"skill": skill_T, "deviance": deviance_T / count_T}
             pooled_skill = 1 - (deviance_T / self.typical_T).sum() / (constant_T / self.typical_T).sum()
-            pooled_deviance = (deviance_T / self.typical_T).sum() / count_T.sum()
+            pooled_deviance = deviance_T.sum() / count_T.sum()
         summary = {
             "skill": summarize(np.maximum(skill_T, SKILL_FLOOR), float(pooled_skill), True),
             "deviance": summarize(per_task["deviance"], float(pooled_deviance), False),

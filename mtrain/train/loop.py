@@ -219,7 +219,7 @@ class Trainer:
         state = self.run_dir.checkpoints.latest()
         if self.config.init_from and state is None:
             fresh = len(self.tasks) - len(self.taken)
-            self.console.print(f"init_from: trunk and {len(self.taken)} heads taken over, {fresh} heads start fresh")
+            self.console.print(f"init_from: trunk and {len(self.taken)} heads taken over, heads that start fresh: {fresh}")
         if state is not None:
             vars(self.selection).update(state["selection"])
             self.seconds, self.rows, self.run_id = state["seconds"], state["rows"], state["run_id"]

@@ -42,6 +42,10 @@ class RunDir:
     def is_run(self) -> bool:
         return self.config_file.is_file()
 
+    @property
+    def has_trained(self) -> bool:
+        return any(self.path.glob("checkpoints/*.pt")) or any(self.path.glob("split-*/checkpoints/*.pt"))
+
     def start(self, config: Config) -> None:
         """Create the directory, or check that it is of the same run.
 
@@ -49,7 +53,15 @@ class RunDir:
             UserError: it holds a run with another configuration (what differs is named) or something else.
         """
         if self.is_run:
-            changed = differences(self.config(), config, MAY_CHANGE)
+            before = self.config()
+            for unit in ("epochs", "steps"):
+                old, new = getattr(before.train, unit), getattr(config.train, unit)
+                if old is not None and new is not None and new < old and self.has_trained:
+                    raise UserError(
+                        f"run_dir {self.path}: train.{unit}: {old:g} -> {new:g}; a run can be made longer, not shorter; choose "
+                        "another --run_dir"
+                    )
+            changed = differences(before, config, MAY_CHANGE)
             if changed:
                 more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
                 raise UserError(

@@ -264,7 +264,7 @@ def test_init_from_takes_the_trunk_and_the_heads_of_the_same_tasks(tmp_path):
     keep = {name: {"kind": TASKS[name]} for name in ("r0", "b0", "c0")} | {"n0": {"kind": "regression"}}
     config = run_config("grid", init_from=str(tmp_path / "a"), train=still, tasks={"labels": list(keep), "by_name": keep})
     _, said = train(config, tmp_path / "b")
-    assert "trunk and 3 heads taken over, 1 heads start fresh" in said
+    assert "trunk and 3 heads taken over, heads that start fresh: 1" in said
     a, b = (runs.load_model(RunDir(tmp_path / name)).evaluator for name in "ab")
     for p, q in zip(a.model.parameters(), b.model.parameters(), strict=True):
         torch.testing.assert_close(p, q)
