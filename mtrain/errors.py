@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from fnmatch import fnmatchcase
 
 
@@ -28,3 +28,8 @@ def nearest(name: str, known: Iterable[str]) -> str:
     if known and len(known) <= 20:
         return f"; known: {', '.join(known)}"
     return ""
+
+
+def some(names: Sequence[str], most: int = 5) -> str:
+    """The first `most` names, and how many more there are."""
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")

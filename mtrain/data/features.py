@@ -25,7 +25,7 @@ import pyarrow.compute as pc
 from scipy.special import ndtri
 
 from mtrain.components import Spec
-from mtrain.errors import UserError, nearest
+from mtrain.errors import UserError, nearest, some
 
 OnInvalid = Literal["error", "skip"]
 
@@ -169,7 +169,7 @@ class Numeric(Feature):
             if len(which)
         ]
         if len(filled := [i for i in keep if num_missing[i]]):
-            counts = _some([f"{columns[i]} ({num_missing[i]} of {len(x)})" for i in filled])
+            counts = some([f"{columns[i]} ({num_missing[i]} of {len(x)})" for i in filled], SHOWN)
             notes.append(f"filled missing training values with the {self.impute}: {counts}")
 
         x = x[:, keep]
@@ -593,9 +593,4 @@ _FIT_FLOAT32 = {pa.int8(), pa.uint8(), pa.int16(), pa.uint16(), pa.float16(), pa
 
 
 def _names(columns: Sequence[str]) -> str:
-    return f"column{'s' if len(columns) != 1 else ''} {_some([repr(str(c)) for c in columns])}"
-
-
-def _some(names: Sequence[str]) -> str:
-    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
-    return ", ".join(names[:SHOWN]) + more
+    return f"column{'s' if len(columns) != 1 else ''} {some([repr(str(c)) for c in columns], SHOWN)}"

@@ -16,7 +16,7 @@ from mtrain.components import Spec, build
 from mtrain.config import Selection, TasksConfig
 from mtrain.data.features import FLOAT32_MAX, encode_categories, is_number, is_text
 from mtrain.data.sources import require, to_arrow
-from mtrain.errors import UserError, matches, nearest
+from mtrain.errors import UserError, matches, nearest, some
 from mtrain.model.kinds import KINDS, Binary, Kind, Multiclass, Regression, SortedLabels, by_task
 from mtrain.tasks import Task, TaskTable
 
@@ -257,7 +257,7 @@ def _finish(
     if len(empty) == len(names):
         raise UserError(f"none of the {len(names)} tasks has a label; check data.label, tasks.labels and missing_labels")
     if empty:
-        notes.append(f"{len(empty)} tasks have no label and are skipped: {_some(empty)}")
+        notes.append(f"{len(empty)} tasks have no label and are skipped: {some(empty)}")
     keep = np.flatnonzero(count_T)
     renumber = np.cumsum(count_T > 0) - 1
     task_P = renumber[task_P]
@@ -350,7 +350,3 @@ def _check_kinds(table: LabelTable, distinct: _Distinct) -> None:
                     f"label of task '{task.name}', row {table.row_P[p] + 1}: found {value:g}, {problem} for kind "
                     f"{kind.name}; name it in data.missing_labels if it means 'missing', or set another kind"
                 )
-
-
-def _some(names: Sequence[str], most: int = 5) -> str:
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")

@@ -16,6 +16,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from mtrain.data.features import encode_categories, is_text
+from mtrain.data.order import mix
 from mtrain.errors import UserError, nearest
 
 By = Literal["random", "column", "stratified", "group", "scaffold", "time", "within_task", "kfold", "sources"]
@@ -357,11 +358,8 @@ def _within(groups: Any, fractions: Sequence[float], seed: int) -> np.ndarray:
 
 
 def _mix(x: np.ndarray) -> np.ndarray:
-    """SplitMix64's output function (Steele, Lea and Flood 2014): 64 bits to 64 well-mixed bits."""
-    x = x + np.uint64(0x9E3779B97F4A7C15)
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
+    """A step of SplitMix64 (Steele, Lea and Flood 2014): 64 bits to 64 well-mixed bits, also for small numbers."""
+    return mix(x + np.uint64(0x9E3779B97F4A7C15))
 
 
 def _joined(groups: np.ndarray, keys: np.ndarray | None) -> np.ndarray:

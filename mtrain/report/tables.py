@@ -15,6 +15,7 @@ from rich.table import Table
 from mtrain.config import Config
 from mtrain.data.batch import Grid
 from mtrain.data.prepare import Prepared, Source
+from mtrain.errors import some
 from mtrain.report.estimate import estimate
 
 SHOWN_TASKS = 20
@@ -130,15 +131,11 @@ def suspicious(source: Source, data: Prepared) -> list[str]:
     constant = [tasks[t].name for t in flat if tasks[t].kind.family == "regression"]
     for names, what in ((one_class, "only one class"), (constant, "a constant target")):
         if names:
-            lines.append(f"{len(names)} tasks have {what} in training: {_some(names)}")
+            lines.append(f"{len(names)} tasks have {what} in training: {some(names)}")
     similar = defaultdict(list)
     for task in tasks:
         similar[re.sub(r"[\W_]+", "", task.name).lower()].append(task.name)
     pairs = [" ~ ".join(names) for names in similar.values() if len(names) > 1]
     if pairs:
-        lines.append(f"{len(pairs)} names are almost the same: {_some(pairs)}")
+        lines.append(f"{len(pairs)} names are almost the same: {some(pairs)}")
     return lines
-
-
-def _some(names: Sequence[str], most: int = 5) -> str:
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
