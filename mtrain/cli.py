@@ -55,13 +55,17 @@ def _run(argv: list[str]) -> None:
     predict.add_argument("run", type=Path, help="run directory")
     predict.add_argument("data", help="table with the run's input columns; labels are not needed")
     predict.add_argument("-o", "--output", type=Path, required=True, help=".parquet or .csv")
+    partition = command("partition", "Rewrite a table as a file for each task, for layout files.", epilog=overrides)
+    partition.add_argument("config", type=Path, help="YAML file")
+    partition.add_argument("-o", "--output", type=Path, required=True, help="folder")
     bench = command("bench", "Measure, and write the figures as JSON.")
-    bench.add_argument("name", choices=["heads", "step"])
+    bench.add_argument("name", choices=["heads", "step", "stream"])
     bench.add_argument("--json", type=Path, help="file for the figures")
     bench.add_argument("--case", action="append", help="heads: only this case (repeatable)")
 
     arguments, rest = parser.parse_known_args(argv)
-    if rest and arguments.command not in ("train", "tasks"):
+    with_config = arguments.command in ("train", "tasks", "partition")
+    if rest and not with_config:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     sys.path.insert(0, os.getcwd())  # users' own classes are found beside them
@@ -72,11 +76,16 @@ def _run(argv: list[str]) -> None:
     _quiet()
     from mtrain import runs
 
-    if arguments.command in ("train", "tasks"):
+    if with_config:
         config = load_config(arguments.config, rest)
         beside = arguments.config.parent
         if arguments.command == "tasks":
             runs.show_tasks(config, beside, console)
+            return
+        if arguments.command == "partition":
+            from mtrain.data.partition import partition as rewrite
+
+            rewrite(config, beside, arguments.output, console)
             return
         path = Path(config.run_dir or Path("runs") / arguments.config.stem)
         runs.train(config, beside, path, console)
@@ -91,10 +100,14 @@ def _bench(arguments: argparse.Namespace) -> None:
         from mtrain.bench import heads
 
         heads.run(arguments.json, arguments.case)
-    else:
+    elif arguments.name == "step":
         from mtrain.bench import step
 
         step.run(arguments.json)
+    else:
+        from mtrain.bench import stream
+
+        stream.run(arguments.json)
 
 
 def _quiet() -> None:

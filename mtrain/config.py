@@ -31,7 +31,8 @@ class Section(BaseModel):
     @field_validator("*", mode="before")
     @classmethod
     def _no_bool_as_number(cls, value: Any, info: ValidationInfo) -> Any:
-        if isinstance(value, bool) and cls.model_fields[str(info.field_name)].annotation is not bool:
+        annotation = cls.model_fields[str(info.field_name)].annotation
+        if isinstance(value, bool) and bool not in (annotation, *get_args(annotation)):
             raise ValueError("expected another type than true or false")
         return value
 
@@ -39,12 +40,29 @@ class Section(BaseModel):
 class DataConfig(Section):
     """Where the table is and how its labels come."""
 
-    path: str | list[str] | dict[str, str | list[str]]
+    path: str | list[str] | dict[str, str | list[str]] = ""
     """File, list of files, files by split name (`{train: a.csv, test: b.csv}`), glob, folder, hub id, or
     `python:package.module.function` that returns a table; relative files are looked for in `root`, in the working
-    directory, then beside the config."""
-    layout: Literal["grid", "routed", "pairs"]
-    """grid: a column per task; routed: a task column, each row belongs to one task; pairs: (key, task, label) rows."""
+    directory, then beside the config. files: a folder or glob in which each file is a task."""
+    layout: Literal["grid", "routed", "pairs", "files"]
+    """grid: a column per task; routed: a task column, each row belongs to one task; pairs: (key, task, label) rows;
+    files: a data set for each task."""
+    table: str | None = None
+    """files: a CSV, Parquet, YAML or JSON file with a row for each task: name, kind, data, config, split, format, inputs,
+    label, weight."""
+    streaming: bool | Literal["auto"] = "auto"
+    """Read inputs from the files by the chunk while training (true), or memory-map them first (false); auto: true for local
+    files that are together larger than 2 GB."""
+    memory_gb: float = Field(2.0, gt=0)
+    """Memory for encoded inputs: where all of them take more, or stream, they are read by the chunk, and what fits stays."""
+    chunk_rows: int = Field(4096, ge=1)
+    """Rows that are read by the chunk, and shuffled, together; a row group of a Parquet file is never divided."""
+    fit_rows: int = Field(100_000, ge=1)
+    """Inputs by the chunk: at least so many training rows (or all) are read to fit scalers and vocabularies."""
+    retries: int = Field(3, ge=0)
+    """How often a failed read is tried again, after growing delays."""
+    on_error: Literal["stop", "skip_task"] = "stop"
+    """files: what a task does whose data cannot be read: stop the run, or be left out and counted."""
     root: str | None = None
     """Folder of relative paths; default $MTRAIN_DATA, else the working directory."""
     format: Literal["csv", "json", "parquet", "arrow"] | None = None
@@ -73,12 +91,34 @@ class DataConfig(Section):
     @field_validator("path")
     @classmethod
     def _some_path(cls, value: Any) -> Any:
+        if value == "":
+            return value  # layout files with a task table
         for path in value.values() if isinstance(value, dict) else [value]:
             if not path or (isinstance(path, list) and not all(path)):
                 raise ValueError("expected a file, folder, glob or hub id")
         if not value:
             raise ValueError("expected files by split name, such as {train: a.csv, test: b.csv}")
         return value
+
+    @model_validator(mode="after")
+    def _source(self) -> DataConfig:
+        if self.layout == "files":
+            if bool(self.path) == bool(self.table):
+                raise ValueError("data: layout files needs data.table or data.path (a folder or glob), one of the two")
+            if not isinstance(self.path, str):
+                raise ValueError("data.path: layout files needs one folder or glob; name single files in data.table")
+            if self.in_memory:
+                raise ValueError("data.in_memory is for layouts of one table; layout files reads from disk, see data.memory_gb")
+            if self.task is not None:
+                raise ValueError("data.task is for layouts routed and pairs; in files each file is a task")
+        else:
+            if not self.path:
+                raise ValueError("data.path is missing: expected a file, folder, glob or hub id")
+            if self.table is not None:
+                raise ValueError(f"data.table is for layout files; layout {self.layout} reads data.path")
+            if self.on_error == "skip_task":
+                raise ValueError(f"data.on_error: skip_task is for layout files; layout {self.layout} has one table")
+        return self
 
     @field_validator("missing_labels", mode="before")
     @classmethod
@@ -137,6 +177,8 @@ class SplitConfig(Section):
     """One run a seed; several report mean and standard deviation."""
     refit: bool = False
     """After selection train again on train + valid for the selected time, before the test part is scored."""
+    eval_rows: int | None = Field(None, ge=1)
+    """Most labels of a task that the valid and the test part each keep, drawn at random; default: all."""
 
     @field_validator("parts", mode="before")
     @classmethod
@@ -280,8 +322,8 @@ class Config(Section):
     """Features by column name or pattern; none: every column that is not a label, key, task or weight, by its type."""
     tasks: TasksConfig = TasksConfig()
     split: SplitConfig = SplitConfig()
-    sampler: Spec = Field(default_factory=lambda: Spec(class_path="Proportional"))
-    """routed: rows per task and step: Proportional, Temperature, Equal, or an import path."""
+    sampler: Spec = Field(default_factory=lambda: Spec(class_path="Capped"))
+    """routed, files: rows per task and step: Capped, Proportional, Temperature, Sqrt, Equal, UniMax, or an import path."""
     model: ModelConfig = ModelConfig()
     objective: ObjectiveConfig = ObjectiveConfig()
     train: TrainConfig = TrainConfig()
@@ -314,13 +356,15 @@ class Config(Section):
             given = getattr(self.data, field) is not None
             if layout == "grid" and given:
                 raise ValueError(f"data.{field} is for layouts routed and pairs; grid has its label columns in tasks.labels")
-            if layout != "grid" and not given:
+            if layout in ("routed", "pairs") and not given:
                 raise ValueError(f"data.{field} is missing: layout {layout} needs the column's name")
         if layout == "pairs" and self.data.key is None:
             raise ValueError("data.key is missing: layout pairs needs the column that says which input row is meant")
-        if layout != "routed" and self.sampler.class_path != "Proportional":
+        if layout in ("grid", "pairs") and self.sampler != Config.model_fields["sampler"].get_default(
+            call_default_factory=True
+        ):
             raise ValueError(
-                f"sampler is for layout routed, where rows are drawn by task; layout is {layout}: leave sampler out"
+                f"sampler is for layouts routed and files, where rows are drawn by task; layout is {layout}: leave sampler out"
             )
         return self
 

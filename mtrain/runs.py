@@ -114,7 +114,7 @@ def evaluate(path: Path, console: Console) -> None:
             if part in data.parts:  # a refitted model has seen the valid part: the selected one is scored there
                 model = load_model(one, refitted=part == "test")
                 scores = model.evaluator.score(
-                    data.x_NF, data.parts[part], threshold_T=threshold_T, choose_threshold=part == "valid"
+                    data.inputs, data.parts[part], threshold_T=threshold_T, choose_threshold=part == "valid"
                 )
                 threshold_T = scores.threshold_T
                 summary[part] = scores.summary
@@ -141,7 +141,9 @@ def predict(path: Path, data_path: str, output: Path, console: Console) -> None:
     key = config.data.key
     if key is not None and key in data.column_names:
         columns[key] = to_arrow(data, [key])[key]
-    encoded = [encode_column(data, names, feature, config.data.workers) for names, feature in models[0].features]
+    inputs = [name for name in dict.fromkeys(n for names, _ in models[0].features for n in names) if name in data.column_names]
+    table = to_arrow(data, inputs)
+    encoded = [encode_column(table, names, feature, config.data.workers) for names, feature in models[0].features]
     valid_N = np.logical_and.reduce([one.valid for one in encoded])
     sums: dict[int, NDArray[np.float64]] = {}
     for model in models:  # split seeds differ in what features learnt from training rows, not in how they are encoded

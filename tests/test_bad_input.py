@@ -161,7 +161,7 @@ def test_a_bad_value_is_named_with_its_column_and_row(refused, column, value, ro
         (ROUTED, "w", 0, None, {"tasks": {"labels": ["u*"]}}, "tasks.labels: 'u*' matches no column or task"),
         (PAIRS, "id", None, 4, {}, "data.key: column 'id' has 1 missing value"),
         (PAIRS, "id", "k0", 4, {}, "column 'x1', row 5: another value than in row 1, which has the same id 'k0'"),
-        (PAIRS, "w", 0, None, {"sampler": "Equal"}, "sampler is for layout routed"),
+        (PAIRS, "w", 0, None, {"sampler": "Equal"}, "sampler is for layouts routed and files"),
     ],
 )
 def test_long_tables_are_checked_too(refused, base, column, value, row, changes, message):

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from mtrain.config import Config, check_config
 from mtrain.data.batch import Grid
+from mtrain.data.inputs import MemoryInputs
 from mtrain.data.prepare import Prepared, prepare, read_source
 from mtrain.runs import make_accelerator
 from mtrain.train.loop import Trainer, build_loader
@@ -68,7 +69,8 @@ def hand_written(data: Prepared, fused: bool) -> Callable[[], float]:
     """A function that trains one epoch and returns its last loss."""
     part = data.parts["train"]
     assert isinstance(part.labels, Grid)
-    x_NF, y_NT = data.x_NF[part.row_R], part.labels.y_BT
+    assert isinstance(data.inputs, MemoryInputs)
+    x_NF, y_NT = data.inputs.x_NF[part.row_R], part.labels.y_BT
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(x_NF.shape[1], WIDTH), nn.ReLU(), nn.Dropout(DROPOUT), nn.Linear(WIDTH, y_NT.shape[1]))
     optimizer = torch.optim.AdamW(model.parameters(), lr=LR, fused=fused)
@@ -92,7 +94,7 @@ def hand_written(data: Prepared, fused: bool) -> Callable[[], float]:
 def ours(data: Prepared, config: Config, folder: Path) -> Callable[[], float]:
     """The trainer's own step and loader, for one epoch."""
     trainer = Trainer(data, config, RunDir(folder), make_accelerator(config), NoTracker(), Console(quiet=True))
-    loader = build_loader(data, config, data.parts["train"], None)
+    loader = build_loader(data, config, data.parts["train"])
     step = 0
 
     def epoch() -> float:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -68,8 +69,9 @@ class Pairs:
     def take(self, row_B: Tensor) -> Pairs:
         first_B = self.start_R[row_B]
         count_B = self.start_R[row_B + 1] - first_B
-        new_row_P = torch.repeat_interleave(torch.arange(len(row_B)), count_B)
         start_R = torch.cat([count_B.new_zeros(1), count_B.cumsum(0)])
+        # numpy's: torch's repeat_interleave starts threads also for a few rows
+        new_row_P = torch.from_numpy(np.repeat(np.arange(len(row_B)), count_B.numpy()))
         at_P = torch.arange(len(new_row_P)) + (first_B - start_R[:-1])[new_row_P]
         return Pairs(
             new_row_P,

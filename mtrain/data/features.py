@@ -137,7 +137,9 @@ class Numeric(Feature):
         self._transform = transform
 
     def encode(self, table: pa.Table) -> Encoded:
-        values = np.stack([_numbers(name, table[name]) for name in table.column_names], axis=1)
+        values = _floats(table)
+        if values is None:
+            values = np.stack([_numbers(name, table[name]) for name in table.column_names], axis=1)
 
         def refuse(bad: np.ndarray, message: str) -> None:
             if bad.any():
@@ -195,18 +197,22 @@ class Numeric(Feature):
         self._check_width(values)
         x = self._filled(self._logged(values)[:, self.state["keep"]])
         if self.standardize:
-            x = (x - self.state["mean"]) / self.state["std"]
+            x -= self.state["mean"]
+            x /= self.state["std"]
         if self.clip is not None:
             x = np.clip(x, -self.clip, self.clip)
-        return np.hstack([x, np.isnan(values[:, self.state["indicator"]])]).astype(np.float32)
+        if self.state["indicator"]:
+            x = np.hstack([x, np.isnan(values[:, self.state["indicator"]])])
+        return x.astype(np.float32)
 
     def _logged(self, values: np.ndarray) -> np.ndarray:
         values = np.asarray(values, np.float64)
         return np.log1p(values) if self._transform == "log1p" else values
 
     def _filled(self, x: np.ndarray) -> np.ndarray:
-        """Kept columns with missing values filled, then as normal scores if asked for."""
-        x = np.where(np.isnan(x), self.state["fill"], x)
+        """Kept columns (a copy) with missing values filled in place, then as normal scores if asked for."""
+        if (missing := np.isnan(x)).any():
+            np.copyto(x, self.state["fill"], where=missing)
         for column, score in zip(x.T, self.state.get("scores", ()), strict=False):
             column[:] = _normal_scores(column, np.asarray(score["values"]), score["rows"])
         return x
@@ -333,27 +339,28 @@ class Categorical(Feature):
         return out
 
 
-def encode_column(ds: datasets.Dataset, columns: list[str], feature: Feature, num_proc: int = 1) -> Encoded:
-    """Run `feature.encode` over the whole of `ds`.
+def encode_column(table: pa.Table, columns: list[str], feature: Feature, num_proc: int = 1) -> Encoded:
+    """Run `feature.encode` over all rows of `table`.
 
     A `cached` feature runs through `Dataset.map`, once for each distinct value, in `num_proc` processes, and is kept in
     datasets' cache directory under a key that depends only on the feature's code, its options and the values: a second
     run reads it from there. Raises UserError for a column that is not there and, with `on_invalid="error"`, for the
     first row that cannot be used; with `on_invalid="skip"` such rows come back with `valid` False.
     """
+    known = set(table.column_names)
     for name in columns:
-        if name not in ds.column_names:
-            raise UserError(f"no column '{name}' in the data{nearest(name, ds.column_names)}")
-    if not len(ds):
+        if name not in known:
+            raise UserError(f"no column '{name}' in the data{nearest(name, table.column_names)}")
+    if not len(table):
         raise UserError(f"{_names(columns)}: the data have no rows, expected at least one")
-    table = ds.select_columns(columns).with_format("arrow")[:]
+    table = table.select(columns)
     encoded = _encode_cached(table, feature, num_proc) if feature.cached else feature.encode(table)
     if feature.on_invalid == "error" and not encoded.valid.all():
         row = int(encoded.valid.argmin())
         found = ", ".join(repr(str(table[name][row].as_py() or ""))[:80] for name in columns)
         raise UserError(
             f"{_names(columns)}, row {row + 1}: found {found}, expected {feature.expected} "
-            f"({(~encoded.valid).sum()} such rows in {len(ds)}); mend them, or leave them out with on_invalid: skip"
+            f"({(~encoded.valid).sum()} such rows in {len(table)}); mend them, or leave them out with on_invalid: skip"
         )
     return encoded
 
@@ -448,6 +455,15 @@ def _cache_key(table: pa.Table, feature: Feature) -> str:
     digest = hashlib.sha256(json.dumps(about).encode())
     digest.update(sink.getvalue())
     return digest.hexdigest()[:32]
+
+
+def _floats(table: pa.Table) -> np.ndarray | None:
+    """The whole matrix at once where all columns are float32, or all float64; else None."""
+    kinds = set(table.schema.types)
+    if len(kinds) > 1 or not kinds <= {pa.float32(), pa.float64()} or not len(table):
+        return None
+    (batch,) = table.combine_chunks().to_batches()
+    return batch.to_tensor(null_to_nan=True).to_numpy()
 
 
 def _numbers(name: str, column: pa.ChunkedArray) -> np.ndarray:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Literal
 
-import datasets
 import numpy as np
 import pandas as pd
 import pyarrow as pa
@@ -15,10 +16,14 @@ from numpy.typing import NDArray
 from mtrain.components import Spec, build
 from mtrain.config import Selection, TasksConfig
 from mtrain.data.features import FLOAT32_MAX, encode_categories, is_number, is_text
-from mtrain.data.sources import require, to_arrow
+from mtrain.data.sources import require
+from mtrain.data.tables import Table
 from mtrain.errors import UserError, matches, nearest, some
 from mtrain.model.kinds import KINDS, Binary, Kind, Multiclass, Regression, SortedLabels, by_task
 from mtrain.tasks import Task, TaskTable
+
+if TYPE_CHECKING:
+    from mtrain.data.files import TaskFiles, TaskSource
 
 _MAX_INFERRED_CLASSES = 20
 _ROWS_PER_INFERRED_CLASS = 10
@@ -70,9 +75,10 @@ class Patterns:
 
 
 class _Options:
-    """What the config says of each task."""
+    """What the config, and `own` kinds and weights of a task table, say of each task."""
 
-    def __init__(self, config: TasksConfig):
+    def __init__(self, config: TasksConfig, own: Mapping[str, tuple[Kind | None, float | None]] | None = None):
+        self._own = own or {}
         self._default = None if config.kind is None else _kind(config.kind, "tasks.kind")
         self._patterns = Patterns(list(config.by_name))
         self._options = list(config.by_name.values())
@@ -80,25 +86,27 @@ class _Options:
 
     def kind(self, name: str) -> Kind | None:
         """The last that matches; None: to be inferred."""
-        return next((self._kinds[i] for i in self._patterns.of(name)[::-1] if self._kinds[i]), self._default)
+        own, _ = self._own.get(name, (None, None))
+        return next((self._kinds[i] for i in self._patterns.of(name)[::-1] if self._kinds[i]), own or self._default)
 
     def weight(self, name: str) -> float:
-        weights = [self._options[i].weight for i in self._patterns.of(name)]
-        return next((w for w in reversed(weights) if w is not None), 1.0)
+        _, own = self._own.get(name, (None, None))
+        weights = [1.0, own, *(self._options[i].weight for i in self._patterns.of(name))]
+        return next(w for w in reversed(weights) if w is not None)
 
     def check(self, names: Sequence[str]) -> None:
         for pattern in self._patterns.unused(names):
             raise UserError(f"tasks.by_name: '{pattern}' matches no task{nearest(pattern, names)}")
 
 
-def read_grid(data: datasets.Dataset, columns: list[str], config: TasksConfig, missing: Sequence[float | str]) -> LabelTable:
+def read_grid(data: Table, columns: list[str], config: TasksConfig, missing: Sequence[float | str]) -> LabelTable:
     """One task per label column; NaN, null, empty text and `missing` are no label."""
     if not columns:
         raise UserError("tasks.labels: no label column is left; name columns that are not inputs, key or weight")
-    table = to_arrow(data, columns)
+    table = data.read(columns)
     options = _Options(config)
     every = np.zeros(len(data), dtype=np.int64)
-    parsed = [_parse(table[name], name, missing, every, [options.kind(name)]) for name in columns]
+    parsed = [_parse(table[name], _in_column(name), missing, every, [options.kind(name)]) for name in columns]
     row_of = [np.flatnonzero(~np.isnan(value)) for value, _ in parsed]
     count_T = np.array([len(rows) for rows in row_of])
     return _finish(
@@ -111,11 +119,11 @@ def read_grid(data: datasets.Dataset, columns: list[str], config: TasksConfig, m
     )
 
 
-def read_long(data: datasets.Dataset, task: str, label: str, config: TasksConfig, missing: Sequence[float | str]) -> LabelTable:
+def read_long(data: Table, task: str, label: str, config: TasksConfig, missing: Sequence[float | str]) -> LabelTable:
     """One task per value of the task column (layouts routed and pairs)."""
     require(data.column_names, task, "data.task")
     require(data.column_names, label, "data.label")
-    table = to_arrow(data, [task, label])
+    table = data.read([task, label])
     task_N, distinct = encode_categories(_task_names(table[task], task))
     if len(unnamed := np.flatnonzero((task_N < 0) | np.isin(task_N, distinct.index("").as_py()))):
         raise UserError(f"column '{task}', row {unnamed[0] + 1}: found no task name, expected one in each row")
@@ -127,7 +135,7 @@ def read_long(data: datasets.Dataset, task: str, label: str, config: TasksConfig
     kept = np.array([name in selected for name in all_names])
     task_N = np.where(kept, np.cumsum(kept) - 1, -1)[task_N]
     options = _Options(config)
-    value, texts = _parse(table[label], label, missing, task_N, [options.kind(name) for name in names])
+    value, texts = _parse(table[label], _in_column(label), missing, task_N, [options.kind(name) for name in names])
     row_P = np.flatnonzero((task_N >= 0) & ~np.isnan(value))
     result = _finish(
         names=names,
@@ -143,6 +151,121 @@ def read_long(data: datasets.Dataset, task: str, label: str, config: TasksConfig
     return result
 
 
+def read_files(
+    files: TaskFiles, config: TasksConfig, missing: Sequence[float | str], on_error: Literal["stop", "skip_task"]
+) -> LabelTable:
+    """One task per data set (layout files), each with its own classes; `row_P` counts the rows of the joined table.
+
+    Raises:
+        UserError: a task's labels cannot be used; with `skip_task`: those of every task (else it is left out and noted).
+    """
+    options = _Options(config, _own_options(files.sources))
+    columns = _label_columns(files)
+    tasks: list[int] = []
+    parsed: list[Parsed] = []
+    left_out: list[tuple[str, str]] = []
+    for t, source in enumerate(files.sources):
+        where = _in_files(files, t)
+        kind = options.kind(source.name)
+        try:
+            if isinstance(column := columns[t], UserError):
+                raise column
+            value, texts = _parse(column, where, missing, np.zeros(len(column), dtype=np.int64), [kind])
+            if kind is not None and not kind.has_classes and type(kind).problem is not Kind.problem:
+                for label in np.unique(value[~np.isnan(value)]).tolist():
+                    if problem := kind.problem(label):
+                        raise UserError(_refused(where(int(np.argmax(value == label))), label, kind, problem))
+        except UserError as error:
+            if on_error == "stop":
+                raise UserError(f"{error} (data.on_error: skip_task leaves such tasks out)") from error
+            left_out.append((source.name, str(error)))
+            continue
+        tasks.append(t)
+        parsed.append((value, texts))
+    if not tasks:
+        raise UserError(f"none of the {len(columns)} tasks has usable labels; the first: {left_out[0][1]}")
+    row_of = [np.flatnonzero(~np.isnan(value)) for value, _ in parsed]
+    result = _finish(
+        names=[files.sources[t].name for t in tasks],
+        task_P=np.repeat(np.arange(len(tasks)), [len(rows) for rows in row_of]),
+        row_P=np.concatenate([files.first_T[t] + rows for t, rows in zip(tasks, row_of, strict=True)]),
+        y_P=np.concatenate([value[rows] for (value, _), rows in zip(parsed, row_of, strict=True)]),
+        texts=[texts[0] for _, texts in parsed],
+        options=options,
+        left_out=[name for name, _ in [*files.skipped, *left_out]],
+    )
+    if left_out:
+        reasons = some([reason for _, reason in left_out], 3)
+        result.notes.append(f"{len(left_out)} tasks have labels that cannot be used and are left out: {reasons}")
+    return result
+
+
+def _own_options(sources: Sequence[TaskSource]) -> dict[str, tuple[Kind | None, float | None]]:
+    """Kinds and weights of the task table; a kind that many tasks have is built once."""
+    built: dict[str, Kind] = {}
+    own = {}
+    for source in sources:
+        kind = None
+        if source.kind is not None:
+            text = repr(source.kind)
+            kind = built[text] = built.get(text) or _kind(source.kind, f"{source.where}, kind")
+        own[source.name] = (kind, source.weight)
+    return own
+
+
+def _in_files(files: TaskFiles, t: int) -> Where:
+    source, first = files.sources[t], int(files.first_T[t])
+
+    def where(row: int | None) -> str:
+        rows = f"task '{source.name}'" if row is None else files.table.where(first + row)
+        return f"{rows}, label column '{source.label}'"
+
+    return where
+
+
+def _label_columns(files: TaskFiles) -> list[pa.ChunkedArray | UserError]:
+    """Each task's labels, or why they cannot be read; a table that several tasks share is read once."""
+    tables: dict[int, Table] = {}
+    wanted: dict[int, dict[str, None]] = {}
+    for source, pieces in zip(files.sources, files.pieces, strict=True):
+        for piece in pieces:
+            tables[id(piece.table)] = piece.table
+            wanted.setdefault(id(piece.table), {})[source.label] = None
+
+    def read(key: int) -> pa.Table | UserError:
+        try:
+            return tables[key].read(list(wanted[key]))
+        except UserError as error:
+            return error
+
+    with ThreadPoolExecutor(4) as pool:
+        found = dict(zip(tables, pool.map(read, tables), strict=True))
+    columns: list[pa.ChunkedArray | UserError] = []
+    for source, pieces in zip(files.sources, files.pieces, strict=True):
+        own = [found[id(piece.table)] for piece in pieces]
+        errors = [table for table in own if isinstance(table, UserError)]
+        if errors:
+            columns.append(UserError(f"task '{source.name}': {errors[0]}"))
+        else:
+            columns.append(_joined([table[source.label] for table in own if isinstance(table, pa.Table)], source))
+    return columns
+
+
+def _joined(columns: list[pa.ChunkedArray], source: TaskSource) -> pa.ChunkedArray | UserError:
+    """The labels of several files as one column: numbers if all hold numbers, else text."""
+    types = dict.fromkeys(column.type for column in columns)
+    if len(types) > 1:
+        numbers = all(is_number(kind) or pa.types.is_null(kind) for kind in types)
+        try:
+            columns = [column.cast(pa.float64() if numbers else pa.string(), safe=False) for column in columns]
+        except pa.ArrowException:
+            found = " and ".join(str(kind) for kind in types)
+            return UserError(
+                f"task '{source.name}', label column '{source.label}': found {found} in its files, expected one type"
+            )
+    return pa.chunked_array([chunk for column in columns for chunk in column.chunks], columns[0].type)
+
+
 def _task_names(column: pa.ChunkedArray, name: str) -> pa.ChunkedArray:
     if pa.types.is_floating(column.type):  # integers with missing values often come as floats
         column = pc.if_else(pc.is_nan(column), pa.scalar(None, column.type), column)
@@ -156,11 +279,17 @@ def _task_names(column: pa.ChunkedArray, name: str) -> pa.ChunkedArray:
 
 Parsed = tuple[NDArray[np.float64], list[list[str] | None]]
 """A value per row, NaN where missing; for each task None, or the texts in which its values are positions."""
+Where = Callable[[int | None], str]
+"""A row, or the whole column (None), in words."""
+
+
+def _in_column(name: str) -> Where:
+    return lambda row: f"label column '{name}'" if row is None else f"label column '{name}', row {row + 1}"
 
 
 def _parse(
     column: pa.ChunkedArray,
-    name: str,
+    where: Where,
     missing: Sequence[float | str],
     task_N: NDArray[np.int64],
     kinds: Sequence[Kind | None],
@@ -171,24 +300,24 @@ def _parse(
         column, kind_of = column.cast(kind_of.value_type), kind_of.value_type
     texts: list[list[str] | None] = [None] * len(kinds)
     if is_text(kind_of):
-        value, texts = _parse_text(column, name, missing, task_N, kinds)
+        value, texts = _parse_text(column, where, missing, task_N, kinds)
     elif is_number(kind_of) or pa.types.is_null(kind_of):
         value = pc.cast(column, pa.float64(), safe=False).to_numpy()
         value = np.where(np.isin(value, _numbers(missing)), np.nan, value)
     else:
-        raise UserError(f"label column '{name}': found type {kind_of}, expected numbers, booleans or text")
+        raise UserError(f"{where(None)}: found type {kind_of}, expected numbers, booleans or text")
     beyond = np.flatnonzero(np.abs(value) > FLOAT32_MAX)
     if len(beyond):
         raise UserError(
-            f"label column '{name}', row {beyond[0] + 1}: found {value[beyond[0]]:g}, expected a finite number that fits "
-            "float32; name it in data.missing_labels if it means 'missing'"
+            f"{where(int(beyond[0]))}: found {value[beyond[0]]:g}, expected a finite number that fits float32; name it in "
+            "data.missing_labels if it means 'missing'"
         )
     return value, texts
 
 
 def _parse_text(
     column: pa.ChunkedArray,
-    name: str,
+    where: Where,
     missing: Sequence[float | str],
     task_N: NDArray[np.int64],
     kinds: Sequence[Kind | None],
@@ -196,7 +325,8 @@ def _parse_text(
     """A task whose text is all numbers has numbers; mostly numbers is a mistake; other text is classes."""
     code_N, distinct = encode_categories(pc.utf8_trim_whitespace(column))
     texts = distinct.to_pylist()
-    number = np.append(pd.to_numeric(pd.Series(texts, dtype=object), errors="coerce").to_numpy(float), np.nan)
+    number = np.asarray(pd.to_numeric(np.array(texts, dtype=object), errors="coerce"), dtype=float)
+    number = np.append(number, np.nan)
     is_missing = np.array([text == "" or text in missing for text in texts] + [True])  # [-1] is null
     is_missing |= np.isin(number, _numbers(missing))
     known_N = ~is_missing[code_N] & (task_N >= 0)
@@ -209,7 +339,7 @@ def _parse_text(
     asked_T = np.array([kind is not None and kind.has_classes for kind in kinds])
     for t in np.flatnonzero((texts_T > 0) & ~asked_T).tolist():
         row = int(np.flatnonzero(text_N & (task_N == t))[0])
-        found = f"label column '{name}', row {row + 1}: found '{texts[code_N[row]]}'"
+        found = f"{where(row)}: found '{texts[code_N[row]]}'"
         num_numbers = labels_T[t] - texts_T[t]
         if kinds[t] is not None or num_numbers > texts_T[t]:
             raise UserError(
@@ -221,7 +351,8 @@ def _parse_text(
                 f"{found}, one of {classes_T[t]} different texts in {labels_T[t]} rows, expected numbers or classes; mend "
                 "it, or set kind: multiclass if each text is a class"
             )
-    order = sorted(range(len(texts)), key=lambda i: (np.isnan(number[i]), np.nan_to_num(number[i]), texts[i]))
+    order_of = list(zip(np.isnan(number).tolist(), np.nan_to_num(number).tolist(), texts, strict=False))
+    order = sorted(range(len(texts)), key=order_of.__getitem__)
     rank = np.empty(len(texts) + 1)
     rank[order] = np.arange(len(texts))
     by_rank = [texts[i] for i in order]
@@ -248,10 +379,11 @@ def _finish(
     y_P: NDArray[np.float64],
     texts: list[list[str] | None],
     options: _Options,
+    left_out: Sequence[str] = (),
 ) -> LabelTable:
     """Skip tasks without labels, infer kinds, turn classes into indices, check every label against its kind."""
     notes = []
-    options.check(names)
+    options.check([*names, *left_out])
     count_T = np.bincount(task_P, minlength=len(names))
     empty = [names[t] for t in np.flatnonzero(count_T == 0)]
     if len(empty) == len(names):
@@ -346,7 +478,11 @@ def _check_kinds(table: LabelTable, distinct: _Distinct) -> None:
             if problem:
                 p = np.flatnonzero(np.isin(table.task_P, at) & (table.y_P == value))[0]
                 task = table.tasks[int(table.task_P[p])]
-                raise UserError(
-                    f"label of task '{task.name}', row {table.row_P[p] + 1}: found {value:g}, {problem} for kind "
-                    f"{kind.name}; name it in data.missing_labels if it means 'missing', or set another kind"
-                )
+                raise UserError(_refused(f"label of task '{task.name}', row {table.row_P[p] + 1}", value, kind, problem))
+
+
+def _refused(where: str, value: float, kind: Kind, problem: str) -> str:
+    return (
+        f"{where}: found {value:g}, {problem} for kind {kind.name}; name it in data.missing_labels if it means 'missing', "
+        "or set another kind"
+    )

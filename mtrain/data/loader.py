@@ -1,9 +1,16 @@
-"""Training batches: the rows of step k are a pure function of (seed, k) and, for sampled tasks, of the cursors."""
+"""Training batches: the rows of step k are a pure function of the seed, k, and the cursors and sampler at its block's start.
+
+A *stream* is what is read in an order of its own: a task (routed, files) or the whole part (grid, pairs). A *cursor* is the
+number of rows that a stream has given so far, so it says epoch and position at once; nothing else needs to be saved.
+"""
 
 from __future__ import annotations
 
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -11,10 +18,18 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from mtrain.data.batch import Batch, Labels
-from mtrain.data.order import name_key, shuffled
+from mtrain.data.inputs import Inputs
+from mtrain.data.order import mix, name_key, shuffled
+from mtrain.data.samplers import Sampler, checked
 from mtrain.errors import UserError
 
-_BLOCK = 64
+Ints = NDArray[np.int64]
+
+BLOCK = 64  # steps whose counts are drawn together
+ROWS = "rows"  # the stream of layouts whose rows are not drawn by task
+_WINDOW = 8  # chunks of that stream which are shuffled together
+_SLAB_BYTES = 16e6  # inputs that are gathered at once
+_AHEAD = 2  # slabs that wait for training
 _GOLDEN = 0.6180339887498949
 
 
@@ -33,115 +48,385 @@ class Part:
     def num_rows(self) -> int:
         return len(self.row_R)
 
-    def batch(self, x_NF: Tensor, at_B: Tensor) -> Batch:
-        row_B = self.row_R[at_B]
-        return Batch(x_NF[row_B], row_B, self.labels.take(at_B))
+    def batch(self, inputs: Inputs, at_B: Ints) -> tuple[Batch, Ints]:
+        """The rows at `at_B` that can be used, and which they are."""
+        x_BF, ok_B = inputs.gather(self.row_R.numpy()[at_B])
+        if ok_B is not None:
+            x_BF, at_B = x_BF[torch.from_numpy(ok_B)], at_B[ok_B]
+        at = torch.from_numpy(at_B)
+        return Batch(x_BF, self.row_R[at], self.labels.take(at)), at_B
+
+    def batches(self, inputs: Inputs, size: int) -> Iterator[tuple[Batch, Labels | None]]:
+        """Every row once, in storage order, with its original labels."""
+        made = (self.batch(inputs, at_B) for at_B in np.split(np.arange(self.num_rows), range(size, self.num_rows, size)))
+        with Prefetched(made, 0 if inputs.in_memory else 1) as batches:
+            for batch, at_B in batches:
+                yield batch, None if self.original is None else self.original.take(torch.from_numpy(at_B))
 
 
-class Loader(Protocol):
-    """What the training loop needs of its data."""
+class Streams:
+    """Endless shuffled streams over the rows of a part.
 
-    steps_per_epoch: int
+    Each epoch of a stream takes its chunks in an order of its own, and the rows of each chunk (of `window` chunks that follow
+    each other) in an order of its own. Both are pure functions of seed, name and epoch.
 
-    def batch(self, step: int) -> Batch:
-        """The global batch of a step; steps are asked for in order, starting from the restored one."""
-        ...
-
-    def state_dict(self) -> dict[str, Any]:
-        """Where the data stands after the last batch."""
-        ...
-
-    def load_state_dict(self, state: dict[str, Any]) -> None: ...
-
-
-class RowLoader:
-    """Grid and pairs: an endless stream of shuffled epochs, cut into full batches; a step needs no state."""
-
-    def __init__(self, x_NF: Tensor, part: Part, batch_size: int, seed: int):
-        self.x_NF, self.part, self.seed = x_NF, part, seed
-        self.batch_size = min(batch_size, part.num_rows)
-        self.steps_per_epoch = -(-part.num_rows // self.batch_size)
-        self._block: tuple[int, NDArray[np.int64]] | None = None
-
-    def batch(self, step: int) -> Batch:
-        number = step // _BLOCK
-        if self._block is None or self._block[0] != number:
-            size = _BLOCK * self.batch_size
-            rows = shuffled(self.seed, name_key("rows"), np.arange(number * size, (number + 1) * size), self.part.num_rows)
-            self._block = number, rows.reshape(_BLOCK, self.batch_size)
-        return self.part.batch(self.x_NF, torch.from_numpy(self._block[1][step % _BLOCK]))
-
-    def state_dict(self) -> dict[str, Any]:
-        return {}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        pass
-
-
-class RoutedLoader:
-    """Rows of sampled tasks, each task in its own shuffled order.
-
-    The counts of a step are systematic samples of the probabilities, not multinomial draws: B equidistant points
-    with a low-discrepancy offset fall into the tasks' shares of [0, 1), so a task's rows per step differ by at most
-    one, and over many steps its share is met almost exactly. Tasks are laid out anew for each block of steps.
+    Args:
+        stream_R: stream of each row of the part.
+        names: of the streams; they seed the orders.
+        row_R: row of the inputs of each, ascending.
+        chunk_R: chunk of each row.
+        key_C: name of each chunk; streams that share chunks take them in the same order. Chunks of one name follow each
+            other, as those of a text file must.
     """
 
     def __init__(
-        self, x_NF: Tensor, part: Part, names: list[str], probability_T: NDArray[np.float64], batch_size: int, seed: int
+        self,
+        stream_R: Ints,
+        names: Sequence[str],
+        row_R: Ints,
+        chunk_R: Ints,
+        key_C: NDArray[np.uint64],
+        seed: int,
+        window: int = 1,
     ):
-        self.x_NF, self.part, self.seed, self.names, self.batch_size = x_NF, part, seed, names, batch_size
-        task_R = part.labels.pairs().task_P.numpy()
-        self.by_task_R = np.argsort(task_R, kind="stable")
-        self.rows_T = np.bincount(task_R, minlength=len(names))
-        self.start_T = np.cumsum(self.rows_T) - self.rows_T
-        self.key_T = np.array([name_key(name) for name in names], dtype=np.uint64)
-        probability_T = np.asarray(probability_T, dtype=np.float64)
-        if probability_T.shape != (len(names),) or not (np.isfinite(probability_T) & (probability_T >= 0)).all():
-            raise UserError(f"sampler: gave {probability_T!r:.80}, expected {len(names)} numbers >= 0, one for each task")
-        self.probability_T = np.where(self.rows_T > 0, probability_T, 0.0)
-        if not self.probability_T.any():
-            raise UserError("sampler: gave probability 0 to every task with rows, expected some above 0")
-        self.probability_T /= self.probability_T.sum()
+        self.names, self.seed, self.window, self.stream_R = list(names), seed, window, stream_R
+        self.rows_S = np.bincount(stream_R, minlength=len(names))
+        self.start_S = np.cumsum(self.rows_S) - self.rows_S
+        self.at_R = np.lexsort((chunk_R, stream_R))
+        self.key_S = np.array([name_key(name) for name in names], dtype=np.uint64)
+        stream, chunk = stream_R[self.at_R], chunk_R[self.at_R]
+        new = np.ones(len(stream), dtype=bool)
+        new[1:] = (stream[1:] != stream[:-1]) | (chunk[1:] != chunk[:-1])
+        self.start_G = np.flatnonzero(new)  # G segments: the rows of a stream in one chunk
+        self.size_G = np.diff(self.start_G, append=len(stream))
+        self.key_G = key_C[chunk[self.start_G]]
+        self.segments_S = np.bincount(stream[self.start_G], minlength=len(names))
+        self.first_S = np.cumsum(self.segments_S) - self.segments_S
+        self._orders: dict[int, tuple[int, Ints, Ints]] = {}
+        first = row_R[self.at_R[np.minimum(self.start_S, len(row_R) - 1)]]
+        local_R = row_R[self.at_R] - np.repeat(first, self.rows_S)
+        which_S = np.zeros(len(names), dtype=np.uint64)
+        np.add.at(which_S, stream, mix(local_R.astype(np.uint64) + np.uint64(1)))
+        self.identity = list(zip(self.rows_S.tolist(), which_S.tolist(), strict=True))
+        """For each stream its number of rows, and a number that changes with which of its rows they are."""
+
+    def rows(self, stream_P: Ints, position_P: Ints) -> Ints:
+        """Rows of the part at positions of streams."""
+        key_P, size_P, place_P = self.key_S[stream_P], self.rows_S[stream_P], position_P
+        several = np.flatnonzero(self.segments_S[stream_P] > 1)
+        if len(several):
+            epoch = place_P[several] // size_P[several]
+            orders = self._orders_of(stream_P[several], epoch)
+            target = orders.begin + place_P[several] - epoch * size_P[several]
+            first, last = orders.pool(orders.segment(target), self.window)
+            begin = orders.end[first] - self.size_G[orders.order[first]]
+            size = orders.end[last] - begin
+            key_P, size_P, place_P = key_P.copy(), size_P.copy(), place_P.copy()
+            key_P[several] = mix(key_P[several] + self.key_G[orders.order[first]] + (first - orders.first).astype(np.uint64))
+            size_P[several], place_P[several] = size, epoch * size + target - begin
+        at_P = shuffled(self.seed, key_P, place_P, size_P)
+        if len(several):
+            target = begin + at_P[several]
+            segment = orders.segment(target)
+            own = orders.order[segment]
+            at_P[several] = (
+                self.start_G[own] + target - (orders.end[segment] - self.size_G[own]) - self.start_S[stream_P[several]]
+            )
+        return self.at_R[self.start_S[stream_P] + at_P]
+
+    def _orders_of(self, stream_P: Ints, epoch_P: Ints) -> _Orders:
+        """The orders of some streams in some epochs, one after another."""
+        both, group_P = np.unique(np.stack([stream_P, epoch_P]), axis=1, return_inverse=True)
+        found = [self._order(stream, epoch) for stream, epoch in both.T.tolist()]
+        base = np.cumsum([0, *(end_G[-1] for _, end_G in found)])
+        first = np.cumsum([0, *(len(order_G) for order_G, _ in found)])
+        group_P = group_P.ravel()
+        return _Orders(
+            order=np.concatenate([order_G for order_G, _ in found]),
+            end=np.concatenate([end_G + begin for (_, end_G), begin in zip(found, base, strict=False)]),
+            begin=base[group_P],
+            first=first[group_P],
+            stop=first[group_P + 1],
+        )
+
+    def _order(self, stream: int, epoch: int) -> tuple[Ints, Ints]:
+        """The segments of a stream in the order of an epoch, and the position at which each ends."""
+        known = self._orders.get(stream)
+        if known is None or known[0] != epoch:
+            own = self.first_S[stream] + np.arange(self.segments_S[stream])
+            draw = mix(np.array([epoch, self.seed % 2**64], dtype=np.uint64))
+            order_G = own[np.argsort(mix(self.key_G[own] ^ draw[0] ^ mix(draw[1:])), kind="stable")]
+            known = self._orders[stream] = epoch, order_G, np.cumsum(self.size_G[order_G])
+        return known[1], known[2]
+
+
+@dataclass(frozen=True)
+class _Orders:
+    """Segments of several streams in order, with where each ends if the streams are laid end to end; and for each of P
+    positions where its stream begins, and the first segment of its stream and of the next."""
+
+    order: Ints
+    end: Ints
+    begin: Ints
+    first: Ints
+    stop: Ints
+
+    def segment(self, target_P: Ints) -> Ints:
+        return np.searchsorted(self.end, target_P, side="right")
+
+    def pool(self, segment_P: Ints, window: int) -> tuple[Ints, Ints]:
+        """The first and last of the segments that are shuffled with each."""
+        first = self.first + (segment_P - self.first) // window * window
+        return first, np.minimum(first + window, self.stop) - 1
+
+
+@dataclass(frozen=True)
+class Slab:
+    """Batches of some steps, the rows that each stream gave for each, and what the sampler and skips are after each."""
+
+    batches: list[Batch]
+    count_KS: Ints
+    sampler_states: list[dict[str, Any]]
+    dropped: dict[str, int]
+
+
+class Loader:
+    """Batches of training steps, in order.
+
+    The counts of a step are systematic samples of the probabilities, not multinomial draws: B equidistant points
+    with a low-discrepancy offset fall into the streams' shares of [0, 1), so a stream's rows per step differ by at most
+    one, and over many steps its share is met almost exactly. Streams are laid out anew for each block of steps.
+
+    Args:
+        owner_S: rank that owns each stream; None: the rows of each step are dealt out by position. Every rank knows the
+            cursors of all streams, and reads the rows of its own.
+        device: where inputs go ahead of training.
+        skip_changed: a task whose training rows are not those of the checkpoint is left out, instead of an error.
+    """
+
+    def __init__(
+        self,
+        inputs: Inputs,
+        part: Part,
+        streams: Streams,
+        sampler: Sampler,
+        batch_size: int,
+        seed: int,
+        *,
+        owner_S: Ints | None = None,
+        rank: int = 0,
+        ranks: int = 1,
+        device: torch.device | None = None,
+        skip_changed: bool = False,
+    ):
+        self.inputs, self.part, self.streams, self.sampler = inputs, part, streams, sampler
+        self.batch_size, self.seed = batch_size, seed
+        self.owner_S, self.rank, self.ranks, self.device, self.skip_changed = owner_S, rank, ranks, device, skip_changed
         self.steps_per_epoch = -(-part.num_rows // batch_size)
-        self.cursor_T = np.zeros(len(names), dtype=np.int64)
-        self._block: tuple[int, NDArray[np.int64]] | None = None
-
-    def counts(self, step: int) -> NDArray[np.int64]:
-        """Rows of each task `[T]` in a step."""
-        number = step // _BLOCK
-        if self._block is None or self._block[0] != number:
-            self._block = number, self._count_block(number)
-        return self._block[1][step % _BLOCK]
-
-    def _count_block(self, number: int) -> NDArray[np.int64]:
-        generator = np.random.default_rng([self.seed, number])
-        layout = generator.permutation(len(self.names))
-        edges = np.cumsum(self.probability_T[layout])
-        edges[edges >= edges[-1]] = np.inf  # rounding must not draw a task of probability 0 behind the last
-        steps = np.arange(number * _BLOCK, (number + 1) * _BLOCK)
-        offset_K = (steps * _GOLDEN + np.random.default_rng(self.seed).random()) % 1.0
-        point_KB = (np.arange(self.batch_size) + offset_K[:, None]) / self.batch_size
-        task_KB = layout[np.searchsorted(edges, point_KB, side="right")]
-        flat = task_KB + np.arange(_BLOCK)[:, None] * len(self.names)
-        return np.bincount(flat.ravel(), minlength=_BLOCK * len(self.names)).reshape(_BLOCK, len(self.names))
+        self.cursor_S = np.zeros(len(streams.names), dtype=np.int64)
+        self.dropped: dict[str, int] = {}
+        """Streams that could not be read, and the step from which on they are left out."""
+        self._sampler_state = self._state_of_sampler()
+        self._ahead: Prefetched[Slab] | None = None
+        self._slab: Slab | None = None
+        self._next = (-1, 0)  # step, and its place in the slab
 
     def batch(self, step: int) -> Batch:
-        count_T = self.counts(step)
-        active = np.flatnonzero(count_T)
-        count_A = count_T[active]
-        task_B = np.repeat(active, count_A)
-        within_B = np.arange(len(task_B)) - np.repeat(np.cumsum(count_A) - count_A, count_A)
-        chosen_B = shuffled(self.seed, self.key_T[task_B], self.cursor_T[task_B] + within_B, self.rows_T[task_B])
-        self.cursor_T[active] += count_A
-        at_B = self.by_task_R[self.start_T[task_B] + chosen_B]
-        return self.part.batch(self.x_NF, torch.from_numpy(at_B))
+        """The global batch of a step (on several ranks, this rank's rows of it)."""
+        if self._ahead is None or self._next[0] != step:
+            self.close()
+            self._restore_sampler(self._sampler_state)
+            made = self._slabs(step, self.cursor_S.copy(), dict(self.dropped))
+            self._ahead, self._slab, self._next = Prefetched(made, 0 if self.inputs.in_memory else _AHEAD), None, (step, 0)
+        place = self._next[1]
+        if self._slab is None or place == len(self._slab.batches):
+            self._slab, place = next(self._ahead), 0
+        slab = self._slab
+        self.cursor_S += slab.count_KS[place]
+        self._sampler_state, self.dropped = slab.sampler_states[place], slab.dropped
+        self._next = step + 1, place + 1
+        return slab.batches[place]
+
+    def close(self) -> None:
+        """Stop reading ahead."""
+        if self._ahead is not None:
+            self._ahead.close()
+            self._ahead = None
 
     def state_dict(self) -> dict[str, Any]:
-        return {"cursors": dict(zip(self.names, self.cursor_T.tolist(), strict=True))}
+        """Where the data stands after the last batch: plain numbers by the streams' names."""
+        names = self.streams.names
+        return {
+            "cursors": dict(zip(names, self.cursor_S.tolist(), strict=True)),
+            "rows": dict(zip(names, self.streams.identity, strict=True)),
+            "sampler": self._sampler_state,
+            "dropped": self.dropped,
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        cursors = state["cursors"]
-        unknown = next((name for name in self.names if name not in cursors), None)
-        if unknown is not None:
-            raise UserError(f"checkpoint: holds no data position of task '{unknown}'; start a new run")
-        self.cursor_T = np.array([cursors[name] for name in self.names], dtype=np.int64)
+        """Continue where `state` was taken.
+
+        Raises:
+            UserError: a task is not in it, or has another number of training rows now.
+        """
+        names, dropped = self.streams.names, dict(state["dropped"])
+        for name, (rows, which) in zip(names, self.streams.identity, strict=True):
+            if name not in state["cursors"]:
+                raise UserError(f"checkpoint: holds no data position of task '{name}'; start a new run")
+            before, which_before = state["rows"][name]
+            if (rows, which) != (before, which_before) and name not in dropped:
+                if self.skip_changed:
+                    dropped[name] = 0
+                    continue
+                of = "the table" if name == ROWS else f"task '{name}'"
+                now = f"{rows} training rows now, had {before}" if rows != before else "other training rows now than"
+                raise UserError(
+                    f"checkpoint: {of} has {now} when it was written: the data have changed; bring them back, or start a new "
+                    "run with another --run_dir"
+                )
+        self.close()
+        self.cursor_S = np.array([state["cursors"][name] for name in names], dtype=np.int64)
+        self.dropped, self._sampler_state = dropped, state["sampler"]
+
+    def counts(self, first: int, dropped: dict[str, int]) -> Ints:
+        """Rows of each stream in the steps `first` to the end of its block, `[K, S]`; draws the sampler's probabilities."""
+        names, rows_S = self.streams.names, self.streams.rows_S
+        number = first // BLOCK
+        start = number * BLOCK
+        out = [s for s, name in enumerate(names) if dropped.get(name, first) < start] if dropped else []
+        rows_S = rows_S.copy()
+        rows_S[out] = 0
+        probability_S = checked(self.sampler.probabilities(rows_S), rows_S)
+        draw = mix(np.array([self.seed % 2**64], dtype=np.uint64)) + np.uint64(number)
+        layout = np.argsort(mix(self.streams.key_S ^ mix(draw)), kind="stable")  # by name: not by the order of the task table
+        edges = np.cumsum(probability_S[layout])
+        edges[edges >= edges[-1]] = np.inf  # rounding must not draw a stream of probability 0 behind the last
+        offset_K = (np.arange(first, start + BLOCK) * _GOLDEN + np.random.default_rng(self.seed).random()) % 1.0
+        point_KB = (np.arange(self.batch_size) + offset_K[:, None]) / self.batch_size
+        stream_KB = layout[np.searchsorted(edges, point_KB, side="right")]
+        flat = stream_KB + np.arange(len(offset_K))[:, None] * len(names)
+        return np.bincount(flat.ravel(), minlength=len(offset_K) * len(names)).reshape(len(offset_K), len(names))
+
+    def _slabs(self, step: int, cursor_S: Ints, dropped: dict[str, int]) -> Iterator[Slab]:
+        """Endless slabs from a step on, the first ones short; the sampler stands at the start of the step's block."""
+        most = 1 if self.inputs.in_memory else min(BLOCK, int(_SLAB_BYTES / (4 * self.inputs.width * self.batch_size)) + 1)
+        size = 1
+        while True:
+            before = self._state_of_sampler()
+            count_KS = self.counts(step, dropped)
+            after = self._state_of_sampler()
+            first, end = step, step + len(count_KS)
+            self._leave_out(dropped, count_KS, first)
+            rows = self._rows(count_KS, cursor_S)
+            while step < end:
+                stop = min(step + size, end)
+                place, known = slice(step - first, stop - first), len(dropped)
+                batches = self._batches(rows[place], step, dropped)
+                if len(dropped) > known:
+                    self._leave_out(dropped, count_KS, first)
+                    rows = self._rows(count_KS, cursor_S)
+                states = [before] * (stop - step - 1) + [after if stop == end else before]
+                yield Slab(batches, count_KS[place], states, dict(dropped))
+                step, size = stop, min(4 * size, most)
+            cursor_S = cursor_S + count_KS.sum(0)
+
+    def _leave_out(self, dropped: dict[str, int], count_KS: Ints, first: int) -> None:
+        for s, name in enumerate(self.streams.names if dropped else []):
+            if name in dropped:
+                count_KS[max(0, dropped[name] - first) :, s] = 0
+
+    def _rows(self, count_KS: Ints, cursor_S: Ints) -> list[Ints]:
+        """This rank's rows of the part for each step, sorted by stream."""
+        step_A, stream_A = np.nonzero(count_KS)
+        count_A = count_KS[step_A, stream_A]
+        first_A = (cursor_S + np.cumsum(count_KS, axis=0) - count_KS)[step_A, stream_A]
+        within_P = np.arange(count_A.sum()) - np.repeat(np.cumsum(count_A) - count_A, count_A)
+        step_P, stream_P = np.repeat(step_A, count_A), np.repeat(stream_A, count_A)
+        position_P = np.repeat(first_A, count_A) + within_P
+        if self.ranks > 1:
+            of_step_K = count_KS.sum(1)
+            place_P = np.arange(len(step_P)) - np.repeat(np.cumsum(of_step_K) - of_step_K, of_step_K)
+            mine = (place_P % self.ranks if self.owner_S is None else self.owner_S[stream_P]) == self.rank
+            step_P, stream_P, position_P = step_P[mine], stream_P[mine], position_P[mine]
+        at_P = self.streams.rows(stream_P, position_P)
+        return np.split(at_P, np.cumsum(np.bincount(step_P, minlength=len(count_KS)))[:-1])
+
+    def _batches(self, rows: list[Ints], step: int, dropped: dict[str, int]) -> list[Batch]:
+        """Batches of consecutive steps; a stream with a row that cannot be read is left out from its step on, see `dropped`."""
+        at_P = np.concatenate(rows)
+        row_P = self.part.row_R.numpy()[at_P]
+        x_PF, ok_P = self.inputs.gather(row_P)
+        if ok_P is not None:
+            step_P = np.repeat(np.arange(step, step + len(rows)), [len(at_B) for at_B in rows])
+            stream_P = self.streams.stream_R[at_P]
+            failed = np.flatnonzero(~ok_P & np.isin(self.inputs.chunk_N[row_P], self.inputs.failed()))[::-1]
+            from_S = np.full(len(self.streams.names), np.iinfo(np.int64).max)
+            from_S[stream_P[failed]] = step_P[failed]  # backwards: the first step stays
+            ok_P &= step_P < from_S[stream_P]
+            dropped |= {self.streams.names[s]: int(from_S[s]) for s in np.unique(stream_P[failed]).tolist()}
+            rows = [at_P[(step_P == k) & ok_P] for k in range(step, step + len(rows))]
+            x_PF = x_PF[torch.from_numpy(ok_P)]
+        batches = []
+        for x_BF, at_B in zip(x_PF.split([len(at_B) for at_B in rows]), rows, strict=True):
+            at = torch.from_numpy(at_B)
+            if self.device is not None and self.device.type == "cuda":
+                x_BF = x_BF.pin_memory().to(self.device, non_blocking=True)
+            batches.append(Batch(x_BF, self.part.row_R[at], self.part.labels.take(at)))
+        return batches
+
+    def _state_of_sampler(self) -> dict[str, Any]:
+        return self.sampler.state_dict() if hasattr(self.sampler, "state_dict") else {}
+
+    def _restore_sampler(self, state: dict[str, Any]) -> None:
+        if hasattr(self.sampler, "load_state_dict"):
+            self.sampler.load_state_dict(state)
+
+
+T = TypeVar("T")
+
+
+class Prefetched(Iterator[T]):
+    """An iterator that runs `ahead` items before its user, in a thread; 0: in the user's own. Errors reach the user.
+
+    A context manager; `close` waits for the item in work.
+    """
+
+    def __init__(self, items: Iterator[T], ahead: int):
+        self.items = items
+        self.pool = ThreadPoolExecutor(1, thread_name_prefix="mtrain-data") if ahead else None
+        self.made: deque[Future[T]] = deque()
+        for _ in range(ahead):
+            self._make()
+
+    def __next__(self) -> T:
+        if self.pool is None:
+            return next(self.items)
+        if not self.made:
+            raise StopIteration
+        item = self.made.popleft().result()
+        self._make()
+        return item
+
+    def close(self) -> None:
+        if self.pool is not None:
+            self.pool.shutdown(wait=True, cancel_futures=True)
+        self.made.clear()
+
+    def __enter__(self) -> Prefetched[T]:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _make(self) -> None:
+        assert self.pool is not None
+        self.made.append(self.pool.submit(next, self.items))
+
+
+def build_streams(part: Part, inputs: Inputs, names: Sequence[str] | None, seed: int) -> Streams:
+    """The streams of a part: one for each task, or (no names) one of all rows."""
+    row_R = part.row_R.numpy()
+    of_chunks = row_R, inputs.chunk_N[row_R], inputs.key_C, seed
+    if names is None:
+        return Streams(np.zeros(part.num_rows, dtype=np.int64), [ROWS], *of_chunks, _WINDOW)
+    return Streams(part.labels.pairs().task_P.numpy(), names, *of_chunks)

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-import datasets
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -22,27 +21,23 @@ from mtrain.components import Spec, build
 from mtrain.config import Config, SplitConfig, TargetsConfig
 from mtrain.data import FEATURES
 from mtrain.data.batch import Grid, Pairs
-from mtrain.data.features import Encoded, Feature, encode_column, infer_feature
-from mtrain.data.labels import LabelTable, read_grid, read_long, select
+from mtrain.data.features import Encoded, encode_column, infer_feature
+from mtrain.data.files import open_tasks
+from mtrain.data.inputs import ChunkedInputs, FeatureColumn, Inputs, MemoryInputs, fitting_sample
+from mtrain.data.labels import LabelTable, read_files, read_grid, read_long, select
 from mtrain.data.loader import Part
-from mtrain.data.sources import open_table, require, to_arrow
+from mtrain.data.sources import local_files, open_stream, open_table, require, streams
 from mtrain.data.splits import SOURCE, Split, overlap, split, split_hash
+from mtrain.data.tables import MappedTable, Table
 from mtrain.errors import UserError, matches, nearest
 from mtrain.model.kinds import SortedLabels
 from mtrain.tasks import TaskTable
 
 UNNAMED = "Unnamed: "  # so pandas calls a column without a name: mostly row numbers
+_INFERRED_CHUNKS = 8  # of inputs whose feature the config does not name
+_SMALL_TABLE, _PROBED_ROWS = 20_000, 64
+T = TypeVar("T", pa.Table, pa.ChunkedArray)
 _GRID_DENSITY = 0.02  # sparser tables are kept as pairs, denser pairs as a grid
-
-
-@dataclass
-class FeatureColumn:
-    """One feature and the columns that it reads."""
-
-    columns: list[str]
-    spec: Spec
-    feature: Feature
-    encoded: Encoded = field(repr=False)
 
 
 @dataclass
@@ -50,21 +45,24 @@ class Source:
     """The table, its labels and its encoded inputs: all that does not depend on the split.
 
     A *unit* is what a split deals out: a row, for pairs a label. `input_U` is the input row of each unit, `row_U` its row
-    in the table of `data.path`, for messages.
+    in the table, and `row_N` the row in the table of each input row. `chunked`: inputs are not encoded here, but read by
+    the chunk while training.
     """
 
     config: Config
-    data: datasets.Dataset
+    table: Table
     labels: LabelTable
     features: list[FeatureColumn]
+    chunked: bool
     input_U: NDArray[np.int64]
     row_U: NDArray[np.int64]
+    row_N: NDArray[np.int64]
     weight_U: NDArray[np.float64] | None
     notes: list[str]
 
     @property
     def num_inputs(self) -> int:
-        return int(self.input_U.max(initial=-1)) + 1
+        return len(self.row_N)
 
     def input_specs(self) -> dict[str, list[Spec]]:
         """The features as a config has them, with inferred ones written out."""
@@ -84,22 +82,22 @@ class Source:
 
     def column(self, name: str, key: str = "split.column") -> pa.ChunkedArray | NDArray[Any]:
         """A column, one value per unit."""
-        if name == SOURCE and name not in self.data.column_names:
+        if name == SOURCE and name not in self.table.column_names:
             raise UserError("split.by: sources needs named splits; give data.path as {train: FILE, test: FILE}")
-        require(self.data.column_names, name, key)
-        column = to_arrow(self.data, [name])[name]
+        require(self.table.column_names, name, key)
+        column = _take(self.table.read([name])[name], self.row_U)
         return column.to_numpy() if pa.types.is_floating(column.type) else column  # NaN in numpy is missing
 
 
 @dataclass
 class Prepared:
-    """Tensors of one split: inputs `x_NF`, parts, and the task table with its training statistics.
+    """One split: inputs, parts, and the task table with its training statistics.
 
     `split_rows` are the rows of the source table (pairs: their labels) in each part.
     """
 
     tasks: TaskTable
-    x_NF: Tensor
+    inputs: Inputs
     parts: dict[str, Part]
     features: list[FeatureColumn]
     split_rows: dict[str, NDArray[np.int64]]
@@ -114,44 +112,45 @@ def read_source(config: Config, beside: Path | None = None) -> Source:
     Raises:
         UserError: anything that is wrong with the table, its labels or its inputs.
     """
-    data = open_table(config.data, beside)
-    columns = data.column_names
-    row_U = np.arange(len(data))
-    if len(data) == 0:
+    files = None
+    table: Table
+    if config.data.layout == "files":
+        files = open_tasks(config, beside)
+        table, chunked = files.table, files.streaming
+    elif chunked := streams(config.data, local_files(config.data, beside)):
+        table = open_stream(config.data, beside, config.data.chunk_rows)
+    else:
+        table = MappedTable(open_table(config.data, beside), config.data.chunk_rows)
+    columns = table.column_names if files is None else files.columns
+    if len(table) == 0:
         raise UserError(f"data.path {config.data.path}: the table has no rows")
+    row_U = np.arange(len(table))
     for name in ("key", "task", "label", "weight"):
-        if (column := getattr(config.data, name)) is not None:
+        if (column := getattr(config.data, name)) is not None and not (files and name == "label"):
             require(columns, column, f"data.{name}")
     if config.split.column is not None:
         require(columns, config.split.column, "split.column")
     input_columns = _match_inputs(config, columns)
     of_data = config.data
-    reserved = {of_data.key, of_data.task, of_data.label, of_data.weight, config.split.column, SOURCE}
+    reserved: set[str | None] = {of_data.key, of_data.task, of_data.label, of_data.weight, config.split.column, SOURCE}
 
-    missing = config.data.missing_labels
-    if config.data.layout == "grid":
-        used = {column for group in input_columns for column in group[0]} | reserved
-        chosen = config.tasks.labels
-        candidates = columns if chosen.include != ["*"] else [c for c in columns if c not in used]
-        if chosen.include == ["*"] and not config.inputs:
-            raise UserError(
-                "which columns are labels is not said: name them in tasks.labels.include, or name the input columns in inputs"
-            )
-        label_columns = select(candidates, chosen, "tasks.labels", known=columns)
-        if both := [name for name in label_columns if name in used - {config.split.column}]:
-            raise UserError(f"tasks.labels: column '{both[0]}' is also an input, key or weight; it can be only one of them")
-        labels = read_grid(data, label_columns, config.tasks, missing)
+    missing = of_data.missing_labels
+    label_columns: list[str] = []
+    if of_data.layout == "grid":
+        label_columns = _label_columns(config, columns, reserved.union(*(group[0] for group in input_columns)))
+        labels = read_grid(table, label_columns, config.tasks, missing)
     else:
-        assert config.data.task is not None
-        assert config.data.label is not None
         if any(of_data.label in group[0] for group in input_columns):
             raise UserError(f"inputs: column '{of_data.label}' holds the labels (data.label); leave it out of inputs")
-        label_columns = []
-        labels = read_long(data, config.data.task, config.data.label, config.tasks, missing)
-        row_U = labels.row_P
-        data = data.select(row_U) if len(row_U) < len(data) else data  # a unit is a label
+        if files is not None:
+            labels = read_files(files, config.tasks, missing, of_data.on_error)
+        else:
+            assert of_data.task is not None
+            assert of_data.label is not None
+            labels = read_long(table, of_data.task, of_data.label, config.tasks, missing)
+        row_U = labels.row_P  # a unit is a label
         labels = replace(labels, row_P=np.arange(len(row_U)))
-    notes = list(labels.notes)
+    notes = [*(files.notes if files else []), *labels.notes]
     if not config.inputs:
         free = [c for c in columns if c not in reserved.union(label_columns)]
         if unnamed := [c for c in free if c.startswith(UNNAMED)]:
@@ -159,23 +158,44 @@ def read_source(config: Config, beside: Path | None = None) -> Source:
             notes.append(f"{len(unnamed)} columns have no name in the file and are not inputs: {', '.join(unnamed[:5])}")
         if not free:
             raise UserError("inputs: no column is left for inputs; name the label columns in tasks.labels, or the inputs")
-        input_columns = [([c], _inferred(data, c)) for c in free]
+        input_columns = [([c], spec) for c, spec in _inferred(table, free).items()]
+    features = [FeatureColumn(names, spec, build(spec, FEATURES, f"inputs.{names[0]}")) for names, spec in input_columns]
 
-    input_U, first = np.arange(len(data)), np.arange(len(data))
-    inputs = data
-    with _table_rows(row_U):
-        weight_U = None if of_data.weight is None else _weights(data, of_data.weight)
+    input_U, row_N = np.arange(len(row_U)), row_U
+    weight_U = None
+    where = None if files is None else table.where
+    with _table_rows(row_U, where):
+        if of_data.weight is not None:
+            weight_U = _weights(_take(table.read([of_data.weight])[of_data.weight], row_U), of_data.weight)
         if of_data.layout == "pairs":
             assert of_data.key is not None
-            input_U, first = _entities(data, of_data.key, [c for group in input_columns for c in group[0]])
-            inputs = data.select(first)
-    features = []
-    with _table_rows(row_U[first]):
-        for names, spec in input_columns:
-            feature = build(spec, FEATURES, f"inputs.{names[0]}")
-            features.append(FeatureColumn(names, spec, feature, encode_column(inputs, names, feature, of_data.workers)))
-    source = Source(config, data, labels, features, input_U, row_U, weight_U, notes)
-    return _without_invalid(source)
+            compared = [] if chunked else [c for group in input_columns for c in group[0]]
+            input_U, first = _entities(table, row_U, of_data.key, compared)
+            row_N = row_U[first]
+    if not chunked and (size := _encoded_bytes(table, features, len(row_N))) > of_data.memory_gb * 1e9:
+        chunked = True
+        notes.append(f"inputs take {size / 1e9:.1f} GB, more than data.memory_gb ({of_data.memory_gb:g}): read by the chunk")
+    if not chunked:
+        with _table_rows(row_N, where):
+            for item in features:
+                rows = _take(table.read(item.columns), row_N)
+                item.encoded = encode_column(rows, item.columns, item.feature, of_data.workers)
+    source = Source(config, table, labels, features, chunked, input_U, row_U, row_N, weight_U, notes)
+    return source if chunked else _without_invalid(source)
+
+
+def _label_columns(config: Config, columns: list[str], used: set[str | None]) -> list[str]:
+    """grid: the columns that hold labels."""
+    chosen = config.tasks.labels
+    if chosen.include == ["*"] and not config.inputs:
+        raise UserError(
+            "which columns are labels is not said: name them in tasks.labels.include, or name the input columns in inputs"
+        )
+    candidates = columns if chosen.include != ["*"] else [c for c in columns if c not in used]
+    found = select(candidates, chosen, "tasks.labels", known=columns)
+    if both := [name for name in found if name in used - {config.split.column}]:
+        raise UserError(f"tasks.labels: column '{both[0]}' is also an input, key or weight; it can be only one of them")
+    return found
 
 
 def prepare(source: Source, seed: int) -> Prepared:
@@ -189,7 +209,7 @@ def prepare(source: Source, seed: int) -> Prepared:
             seed,
             n=num_units,
             columns=source.column,
-            known=source.data.column_names,
+            known=source.table.column_names,
             task_N=task_N,
             key=source.column(config.data.key, "data.key") if config.data.key else None,
         )
@@ -206,15 +226,12 @@ def prepare(source: Source, seed: int) -> Prepared:
     if source.weight_U is not None and not source.weight_U[units["train"]].any():
         raise UserError(f"data.weight: column '{config.data.weight}' is 0 in every training row, expected positive weights")
 
-    train_inputs = np.unique(source.input_U[units["train"]])
-    blocks = []
-    for item in source.features:
-        item.feature = build(item.spec, FEATURES, f"inputs.{item.columns[0]}")
-        item.feature.fit(item.encoded.values[train_inputs], item.columns)
-        notes += item.feature.notes
-        blocks.append(item.feature.transform(item.encoded.values))
-    x_NF = torch.from_numpy(np.concatenate(blocks, axis=1, dtype=np.float32))
-    if x_NF.shape[1] == 0:
+    is_train_N = np.zeros(source.num_inputs, dtype=bool)
+    is_train_N[source.input_U[units["train"]]] = True
+    train_inputs = np.flatnonzero(is_train_N)
+    inputs = _chunked_inputs(source, train_inputs, seed, notes) if source.chunked else _memory_inputs(source, train_inputs)
+    notes += [note for item in source.features for note in item.feature.notes]
+    if inputs.width == 0:
         raise UserError("inputs: no input column is left after constant columns were dropped")
 
     tasks = with_statistics(
@@ -223,6 +240,10 @@ def prepare(source: Source, seed: int) -> Prepared:
     center_T, scale_T = tasks.stats["center"], tasks.stats["scale"]
     y_P = (labels.y_P - center_T[labels.task_P]) / scale_T[labels.task_P]
     standardized = any(task.kind.standardized for task in tasks)
+    masks = {name: in_part[name][labels.row_P] for name in units}
+    if (most := config.split.eval_rows) is not None:
+        for name in units.keys() - {"train"}:
+            masks[name] = _bounded(masks[name], labels.task_P, most, seed)
     parts = {
         name: _part(
             source,
@@ -232,7 +253,7 @@ def prepare(source: Source, seed: int) -> Prepared:
             labels.y_P[mask] if standardized and name != "train" else None,
             len(tasks),
         )
-        for name, mask in ((name, in_part[name][labels.row_P]) for name in units)
+        for name, mask in masks.items()
     }
     if source.repeated:
         notes.append(f"{source.repeated} labels have the same key and task as another; all count")
@@ -240,13 +261,51 @@ def prepare(source: Source, seed: int) -> Prepared:
     if absent:
         notes.append(f"{len(absent)} tasks have no training label and stay at their initial head: {', '.join(absent[:5])}")
     shared = None
-    if "test" in units:
-        rows = _row_hash(x_NF)
+    if "test" in units and isinstance(inputs, MemoryInputs):
+        rows = _row_hash(inputs.x_NF)
         shared = overlap(
             rows[torch.from_numpy(train_inputs)].numpy(), rows[torch.from_numpy(source.input_U[units["test"]])].numpy()
         )
     rows_of = {name: source.row_U[unit] for name, unit in units.items()}
-    return Prepared(tasks, x_NF, parts, source.features, rows_of, split_hash(rows_of), shared, notes)
+    return Prepared(tasks, inputs, parts, source.features, rows_of, split_hash(rows_of), shared, notes)
+
+
+def _bounded(mask_P: NDArray[np.bool_], task_P: NDArray[np.int64], most: int, seed: int) -> NDArray[np.bool_]:
+    """At most so many labels of each task, drawn at random."""
+    chosen = np.random.default_rng([seed, 2]).permutation(np.flatnonzero(mask_P))
+    order = np.argsort(task_P[chosen], kind="stable")
+    count_T = np.bincount(task_P[chosen])
+    rank = np.arange(len(chosen)) - np.repeat(np.cumsum(count_T) - count_T, count_T)
+    bounded_P = np.zeros_like(mask_P)
+    bounded_P[chosen[order[rank < most]]] = True
+    return bounded_P
+
+
+def _memory_inputs(source: Source, train_inputs: NDArray[np.int64]) -> MemoryInputs:
+    blocks = []
+    for item in source.features:
+        assert item.encoded is not None
+        item.feature = build(item.spec, FEATURES, f"inputs.{item.columns[0]}")
+        item.feature.fit(item.encoded.values[train_inputs], item.columns)
+        blocks.append(item.feature.transform(item.encoded.values))
+    return MemoryInputs(torch.from_numpy(np.concatenate(blocks, axis=1, dtype=np.float32)))
+
+
+def _chunked_inputs(source: Source, train_inputs: NDArray[np.int64], seed: int, notes: list[str]) -> ChunkedInputs:
+    """Features are fitted on some chunks, or all if they are few."""
+    config = source.config.data
+    budget, skip = config.memory_gb * 1e9, config.on_error == "skip_task"
+    features = [replace(item, feature=build(item.spec, FEATURES, f"inputs.{item.columns[0]}")) for item in source.features]
+    sample, read = fitting_sample(source.table, source.row_N[train_inputs], features, config.fit_rows, seed, skip_failed=skip)
+    for item, values in zip(features, sample, strict=True):
+        item.feature.fit(values, item.columns)
+    if len(sample[0]) < len(train_inputs):
+        notes.append(f"inputs are fitted on {len(sample[0])} of {len(train_inputs)} training rows (data.fit_rows)")
+    source.features = features
+    inputs = ChunkedInputs(source.table, source.row_N, features, budget, config.max_invalid * source.num_inputs, skip)
+    for chunk, encoded in read.items():
+        inputs.put(chunk, encoded)
+    return inputs
 
 
 def with_statistics(
@@ -332,14 +391,33 @@ def _match_inputs(config: Config, columns: list[str]) -> list[tuple[list[str], S
     return matched
 
 
-def _inferred(data: datasets.Dataset, column: str) -> Spec:
-    values = to_arrow(data, [column])
-    return infer_feature(values.schema.field(0), values[column])
+def _take(values: T, row_N: NDArray[np.int64]) -> T:
+    """Rows of a table or column; itself, uncopied, where they are all of them."""
+    return values if len(row_N) == len(values) else values.take(row_N)
 
 
-def _entities(data: datasets.Dataset, key: str, inputs: list[str]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Number of the entity of each row and the first row of each entity; its inputs must be the same everywhere."""
-    table = to_arrow(data, list(dict.fromkeys([key, *inputs])))
+def _inferred(table: Table, columns: list[str]) -> dict[str, Spec]:
+    """Features by the values of a few chunks from all over the table."""
+    chunks = np.unique(np.linspace(0, len(table.key_C) - 1, _INFERRED_CHUNKS).astype(int)).tolist()
+    values = pa.concat_tables([table.read_chunk(chunk, columns) for chunk in chunks], promote_options="permissive")
+    return {column: infer_feature(values.schema.field(column), values[column]) for column in columns}
+
+
+def _encoded_bytes(table: Table, features: list[FeatureColumn], num_inputs: int) -> float:
+    """About the memory that all inputs would take, from their first rows."""
+    if num_inputs < _SMALL_TABLE:
+        return 0.0
+    columns = list(dict.fromkeys(name for item in features for name in item.columns))
+    first = table.read_chunk(0, columns).slice(0, _PROBED_ROWS)
+    width = sum(item.feature.encode(first.select(item.columns)).values.shape[1] for item in features)
+    return 4.0 * num_inputs * width
+
+
+def _entities(
+    source: Table, row_U: NDArray[np.int64], key: str, inputs: list[str]
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Number of the entity of each unit and the first unit of each entity; its inputs must be the same everywhere."""
+    table = _take(source.read(list(dict.fromkeys([key, *inputs]))), row_U)
     encoded = pc.dictionary_encode(table[key]).combine_chunks()
     if encoded.null_count:
         raise UserError(f"data.key: column '{key}' has {encoded.null_count} missing values, expected one in each row")
@@ -356,10 +434,9 @@ def _entities(data: datasets.Dataset, key: str, inputs: list[str]) -> tuple[NDAr
     return entity, first
 
 
-def _weights(data: datasets.Dataset, column: str) -> NDArray[np.float64]:
-    values = to_arrow(data, [column])[column].to_numpy()
+def _weights(values: pa.ChunkedArray, column: str) -> NDArray[np.float64]:
     try:
-        weight = values.astype(np.float64)
+        weight = values.to_numpy().astype(np.float64)
     except (TypeError, ValueError) as error:
         raise UserError(f"data.weight: column '{column}' is not numeric ({error}), expected numbers >= 0") from None
     bad = np.flatnonzero(~(np.isfinite(weight) & (weight >= 0)))
@@ -372,6 +449,7 @@ def _without_invalid(source: Source) -> Source:
     """Leave out the rows whose inputs cannot be used, up to the limit."""
     valid_N = np.ones(source.num_inputs, dtype=bool)
     for item in source.features:
+        assert item.encoded is not None
         valid_N &= item.encoded.valid
     if valid_N.all():
         return source
@@ -391,27 +469,31 @@ def _without_invalid(source: Source) -> Source:
     labels = source.labels
     keep_P = keep_U[labels.row_P]
     for item in source.features:
+        assert item.encoded is not None
         item.encoded = Encoded(item.encoded.values[valid_N], item.encoded.valid[valid_N])
     return replace(
         source,
-        data=source.data.select(np.flatnonzero(keep_U)),
         labels=replace(labels, task_P=labels.task_P[keep_P], row_P=new_unit[labels.row_P[keep_P]], y_P=labels.y_P[keep_P]),
         input_U=new_input[source.input_U[keep_U]],
         row_U=source.row_U[keep_U],
+        row_N=source.row_N[valid_N],
         weight_U=None if source.weight_U is None else source.weight_U[keep_U],
         notes=[*source.notes, f"{num_bad} of {len(valid_N)} inputs cannot be used: their rows are left out"],
     )
 
 
 @contextmanager
-def _table_rows(row_N: NDArray[np.int64]) -> Iterator[None]:
-    """Messages of the inner code count rows of a selection; say the row of the table."""
+def _table_rows(row_N: NDArray[np.int64], where: Callable[[int], str] | None = None) -> Iterator[None]:
+    """Messages of the inner code count rows of a selection; say the row of the table, or what `where` says of it."""
     try:
         yield
     except UserError as error:
-        if len(row_N) and row_N[-1] == len(row_N) - 1:
-            raise
-        text = re.sub(r"\b(row )(\d+)\b(?!')", lambda m: f"{m[1]}{row_N[(int(m[2]) - 1) % len(row_N)] + 1}", str(error))
+        if where is None:
+            if len(row_N) and row_N[-1] == len(row_N) - 1:
+                raise
+            where = "row {}".format
+            row_N = row_N + 1
+        text = re.sub(r"\brow (\d+)\b(?!')", lambda m: where(int(row_N[(int(m[1]) - 1) % len(row_N)])), str(error))
         raise UserError(text) from None
 
 

@@ -33,7 +33,7 @@ class Estimate:
 
 def estimate(data: Prepared, config: Config) -> Estimate:
     """Needs the shapes only; the time is rough (a factor of two) and leaves evaluation out."""
-    shared = build_shared(config.model, data.x_NF.shape[1], 0)
+    shared = build_shared(config.model, data.inputs.width, 0)
     bank = build_bank(data.tasks, config, shared)
     trunk = sum(p.numel() for p in shared.parameters())
     heads = sum(p.numel() for p in bank.parameters())
@@ -45,7 +45,7 @@ def estimate(data: Prepared, config: Config) -> Estimate:
     flops = 6 * rows * (trunk + heads * head_share) * steps
     labels = [p.labels.y_BT if isinstance(p.labels, Grid) else p.labels.y_P for p in data.parts.values()]
     return Estimate(
-        data_bytes=data.x_NF.nbytes + sum(y.nbytes for y in labels),
+        data_bytes=data.inputs.nbytes + sum(y.nbytes for y in labels),
         model_bytes=PER_PARAMETER * (trunk + heads),
         trunk_parameters=trunk,
         head_parameters=heads,

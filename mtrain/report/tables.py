@@ -91,7 +91,7 @@ def print_tasks(source: Source, data: Prepared, config: Config, console: Console
         kinds[task.kind.name] += 1
     console.print(
         f"\n{len(tasks)} tasks ({', '.join(f'{n} {k}' for k, n in kinds.items())}), layout {config.data.layout}, "
-        f"{source.num_inputs} inputs of {data.x_NF.shape[1]} numbers",
+        f"{source.num_inputs} inputs of {data.inputs.width} numbers",
         highlight=False,
         soft_wrap=True,
     )

@@ -12,7 +12,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from mtrain.data.batch import Batch, Grid
+from mtrain.data.batch import Grid
+from mtrain.data.inputs import Inputs
 from mtrain.data.loader import Part
 from mtrain.errors import UserError, nearest
 from mtrain.model.heads import HeadBank
@@ -85,7 +86,7 @@ class Evaluator:
 
     def score(
         self,
-        x_NF: Tensor,
+        inputs: Inputs,
         part: Part,
         only: Collection[str] | None = None,
         threshold_T: NDArray[np.float64] | None = None,
@@ -101,7 +102,7 @@ class Evaluator:
         deviance_T, constant_T = np.zeros((2, len(self.tasks)))
         count_T = np.zeros(len(self.tasks), dtype=np.int64)
         collected: dict[str, list[tuple[NDArray[Any], ...]]] = defaultdict(list)
-        for piece, row_P, task_P, at, original_P in self._run(x_NF, part):
+        for piece, row_P, task_P, at, original_P in self._run(inputs, part):
             kind = self.objective.kinds[piece.group]
             constant = replace(piece, logits=self._constant_logits(piece))
             for total_T, which in ((deviance_T, piece), (constant_T, constant)):
@@ -161,12 +162,10 @@ class Evaluator:
                     value_NAO = value_NAO * self.scale_T[task_A, None] + self.center_T[task_A, None]
                 yield task_A, value_NAO
 
-    def _run(self, x_NF: Tensor, part: Part) -> Iterator[tuple[Piece, Ints, Ints, Any, NDArray[np.float64] | None]]:
+    def _run(self, inputs: Inputs, part: Part) -> Iterator[tuple[Piece, Ints, Ints, Any, NDArray[np.float64] | None]]:
         """Pieces of all batches; of each label the row, the task, where it is in the piece, and its original value."""
         with _evaluating(self.model, self.bank), torch.no_grad():
-            for at_B in torch.arange(part.num_rows).split(EVAL_ROWS):
-                batch: Batch = part.batch(x_NF, at_B)
-                original = None if part.original is None else part.original.take(at_B)
+            for batch, original in part.batches(inputs, EVAL_ROWS):
                 needed = routes(self.bank, batch.labels)
                 row_of_B = batch.row_B.numpy()
                 batch = batch.to(self.device)

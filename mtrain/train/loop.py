@@ -9,7 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,10 +25,10 @@ from mtrain.balance import BALANCERS
 from mtrain.components import build
 from mtrain.config import Config, TrainConfig
 from mtrain.data.batch import Pairs
-from mtrain.data.loader import Loader, Part, RoutedLoader, RowLoader
+from mtrain.data.loader import Loader, Part, build_streams
 from mtrain.data.prepare import Prepared
-from mtrain.data.samplers import SAMPLERS
-from mtrain.errors import UserError
+from mtrain.data.samplers import SAMPLERS, Equal, Sampler, checked
+from mtrain.errors import UserError, some
 from mtrain.model.heads import HeadBank
 from mtrain.model.trunks import SharedModel, build_shared
 from mtrain.report.progress import TrainingProgress
@@ -41,6 +41,7 @@ from mtrain.train.step import Stepper, Totals
 from mtrain.train.tracker import Tracker
 
 DEFAULT_EPOCHS = 30.0
+BY_TASK = ("routed", "files")  # layouts whose rows are drawn by task
 
 
 def build_bank(tasks: TaskTable, config: Config, shared: SharedModel) -> HeadBank:
@@ -72,19 +73,32 @@ def build_bank(tasks: TaskTable, config: Config, shared: SharedModel) -> HeadBan
     return bank
 
 
+def build_sampler(config: Config, steps: int) -> Sampler:
+    """How often each task is drawn in a run of so many steps."""
+    return build(config.sampler, SAMPLERS, "sampler", budget=steps * config.train.global_batch)
+
+
 def sampling_probabilities(prepared: Prepared, config: Config) -> NDArray[np.float64] | None:
-    """Probability of each task in a training batch; None where rows are not sampled by task."""
-    if config.data.layout != "routed":
+    """Probability of each task in the first training batches; None where rows are not drawn by task."""
+    if config.data.layout not in BY_TASK:
         return None
-    sampler = build(config.sampler, SAMPLERS, "sampler")
-    return sampler.probabilities(prepared.parts["train"].labels.count_T().numpy())
+    part = prepared.parts["train"]
+    rows_T = part.labels.count_T().numpy()
+    steps = training_steps(config.train, -(-part.num_rows // config.train.global_batch))
+    return checked(build_sampler(config, steps).probabilities(rows_T), rows_T)
 
 
-def build_loader(prepared: Prepared, config: Config, part: Part, sampling_T: NDArray[np.float64] | None) -> Loader:
+def build_loader(prepared: Prepared, config: Config, part: Part, device: torch.device | None = None) -> Loader:
+    """The training batches of a part: drawn by task where a row belongs to one."""
+    by_task = config.data.layout in BY_TASK
     size, seed = config.train.global_batch, config.train.seed
-    if sampling_T is None:
-        return RowLoader(prepared.x_NF, part, size, seed)
-    return RoutedLoader(prepared.x_NF, part, prepared.tasks.names, sampling_T, size, seed)
+    if not by_task:
+        size = min(size, part.num_rows)
+    streams = build_streams(part, prepared.inputs, prepared.tasks.names if by_task else None, seed)
+    steps = training_steps(config.train, -(-part.num_rows // size))
+    sampler = build_sampler(config, steps) if by_task else Equal()
+    skips = config.data.on_error == "skip_task"
+    return Loader(prepared.inputs, part, streams, sampler, size, seed, device=device, skip_changed=skips)
 
 
 def joined(parts: list[Part], num_tasks: int) -> Part:
@@ -153,7 +167,7 @@ class Trainer:
         self.tasks = prepared.tasks
         self.sampling_T = sampling_probabilities(prepared, config)
         self.run_id: str | None = None
-        self.seconds = 0.0
+        self.seconds = self.waited = self.in_steps = 0.0
         self.rows = 0
         self._build()
         self.evaluator.check_metric(config.select.metric)
@@ -164,7 +178,7 @@ class Trainer:
         config, train, device = self.config, self.config.train, self.accelerator.device
         self.accelerator.free_memory()
         self.bad_steps = 0
-        self.shared: SharedModel = build_shared(config.model, self.prepared.x_NF.shape[1], train.seed)
+        self.shared: SharedModel = build_shared(config.model, self.prepared.inputs.width, train.seed)
         self.bank = build_bank(self.tasks, config, self.shared).to(device)
         if config.init_from:
             self.taken = load_start(RunDir(Path(config.init_from)), self.tasks, self.shared, self.bank)
@@ -223,6 +237,7 @@ class Trainer:
         if state is not None:
             vars(self.selection).update(state["selection"])
             self.seconds, self.rows, self.run_id = state["seconds"], state["rows"], state["run_id"]
+            self.waited, self.in_steps = state["waited"], state["in_steps"]
         self.run_id = self.tracker.start(self.accelerator, self.run_dir.path, self.config.model_dump(mode="json"), self.run_id)
         try:
             return self._run(state)
@@ -230,7 +245,7 @@ class Trainer:
             self.tracker.finish()
 
     def _run(self, state: dict[str, Any] | None) -> dict[str, Any]:
-        parts, x_NF = self.prepared.parts, self.prepared.x_NF
+        parts, inputs = self.prepared.parts, self.prepared.inputs
         in_refit = state is not None and state["phase"] == "refit"
         fit_steps = state["offset"] if state is not None and in_refit else 0
         if not in_refit:
@@ -238,19 +253,19 @@ class Trainer:
         self._load_model(self.run_dir.checkpoints.best())
         scores: dict[str, Scores] = {}
         if "valid" in parts:
-            scores["valid"] = self.evaluator.score(x_NF, parts["valid"], choose_threshold=True)
+            scores["valid"] = self.evaluator.score(inputs, parts["valid"], choose_threshold=True)
         if self.config.split.refit:
             self._build()
             phase = self._phase("refit", joined([parts["train"], parts["valid"]], len(self.tasks)), fit_steps)
             self._train(phase, state if in_refit else None)
         if "test" in parts:
             threshold_T = scores["valid"].threshold_T if scores else None
-            scores["test"] = self.evaluator.score(x_NF, parts["test"], threshold_T=threshold_T)
+            scores["test"] = self.evaluator.score(inputs, parts["test"], threshold_T=threshold_T)
         return self._finish(scores)
 
     def _phase(self, name: str, part: Part, offset: int) -> Phase:
         train = self.config.train
-        loader = build_loader(self.prepared, self.config, part, self.sampling_T)
+        loader = build_loader(self.prepared, self.config, part, self.accelerator.device)
         per_epoch = loader.steps_per_epoch
         total = training_steps(train, per_epoch)
         stop = total
@@ -270,17 +285,30 @@ class Trainer:
         if state is not None:
             step = state["step"]
             self._load_state(state, phase, totals)
-            self.console.print(f"continuing at step {step} of {phase.stop_step}", highlight=False)
+            left_out = phase.loader.dropped
+            without = f" without {len(left_out)} tasks that are left out: {some(list(left_out))}" if left_out else ""
+            self.console.print(
+                f"continuing at step {step} of {phase.stop_step}{without}", highlight=False, soft_wrap=True, markup=False
+            )
         self.run_dir.cut_log(phase.offset + step)
         evaluates = phase.name == "fit" and "valid" in self.prepared.parts
         title = {"fit": "training", "refit": "refitting"}[phase.name]
         metric = f"{select.reduce} {select.metric}" if evaluates else ""
         saved = time.monotonic()
-        with TrainingProgress(self.console, title, step, phase.stop_step, metric) as progress, _interrupts() as interrupted:
+        with (
+            closing(phase.loader),
+            TrainingProgress(self.console, title, step, phase.stop_step, metric) as progress,
+            _interrupts() as interrupted,
+        ):
             while step < phase.stop_step and not (evaluates and self._out_of_patience()):
                 started = time.monotonic()
+                known = len(phase.loader.dropped)
+                batch = phase.loader.batch(step)
+                totals.waited += time.monotonic() - started
+                if len(phase.loader.dropped) > known:
+                    self._print_dropped(phase.loader.dropped, known, phase.offset + step)
                 self._set_lr(step, phase.total_steps)
-                self.stepper(phase.loader.batch(step), step, totals)
+                self.stepper(batch, step, totals)
                 totals.seconds += time.monotonic() - started
                 step += 1
                 due = step % phase.eval_every == 0 or step == phase.stop_step
@@ -303,13 +331,22 @@ class Trainer:
             self.run_dir.checkpoints.save_best(self._model_state(step))
         return phase.offset + step
 
+    def _print_dropped(self, dropped: dict[str, int], known: int, step: int) -> None:
+        names, reasons = list(dropped)[known:], self.prepared.inputs.notes()
+        self.console.print(
+            f"step {step}: {len(names)} tasks are left out from here on, {len(dropped)} in all: {some(names)}; {reasons[-1]}",
+            highlight=False,
+            soft_wrap=True,
+            markup=False,
+        )
+
     def _out_of_patience(self) -> bool:
         patience = self.config.select.patience
         return patience is not None and self.selection.misses >= patience
 
     def _evaluate(self, phase: Phase, step: int, progress: TrainingProgress) -> None:
         select = self.config.select
-        scores = self.evaluator.score(self.prepared.x_NF, self.prepared.parts["valid"], only={select.metric})
+        scores = self.evaluator.score(self.prepared.inputs, self.prepared.parts["valid"], only={select.metric})
         value = scores.value(select.metric, select.reduce)
         if self.selection.improves(value) or select.checkpoint == "last":
             self.selection.step, self.selection.steps_per_epoch = step, phase.steps_per_epoch
@@ -334,8 +371,10 @@ class Trainer:
             "loss": loss if math.isfinite(loss) else None,
             "lr": self.optimizers[0].param_groups[0]["lr"],
             "rows_per_second": totals.rows / totals.seconds if totals.seconds else 0.0,
+            "data_wait": totals.waited / totals.seconds if totals.seconds else 0.0,
         }
         self.rows += totals.rows
+        self.waited, self.in_steps = self.waited + totals.waited, self.in_steps + totals.seconds
         bad_task_steps, num_bad = int(totals.bad_T.max()), int((totals.bad_T > 0).sum())
         if bad_task_steps or totals.skipped:
             line |= {"bad_task_steps": bad_task_steps, "bad_tasks": num_bad, "skipped_steps": totals.skipped}
@@ -384,6 +423,8 @@ class Trainer:
             "loader": phase.loader.state_dict(),
             "selection": vars(self.selection),
             "seconds": self.seconds,
+            "waited": self.waited,
+            "in_steps": self.in_steps,
             "rows": self.rows,
             "run_id": self.run_id,
         }
@@ -423,16 +464,17 @@ class Trainer:
             "tasks": len(tasks),
             "rows": {part: p.num_rows for part, p in prepared.parts.items()},
             "labels": {part: int(p.labels.count_T().sum()) for part, p in prepared.parts.items()},
-            "inputs": prepared.x_NF.shape[1],
+            "inputs": prepared.inputs.width,
             "parameters": {"trunk": _size(self.shared), "heads": _size(self.bank)},
             "selected_step": self.selection.step,
             "selected_value": None if math.isnan(self.selection.value) else self.selection.value,
             "seconds": self.seconds,
             "rows_per_second": self.rows / self.seconds if self.seconds else None,
+            "data_wait": self.waited / self.in_steps if self.in_steps else None,
             "peak_memory_mb": peak_memory_mb(self.accelerator.device),
             "test_inputs_seen_in_training": prepared.overlap,
             "split_hash": prepared.split_hash,
-            "notes": prepared.notes,
+            "notes": [*prepared.notes, *prepared.inputs.notes()],
         }
         self.run_dir.save_json("summary.json", summary)
         return summary

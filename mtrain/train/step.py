@@ -49,7 +49,7 @@ class Totals:
         self.loss = torch.zeros((), device=device)
         self.bad_T = torch.zeros(num_tasks, dtype=torch.int64, device=device)
         self.steps = self.skipped = self.rows = 0
-        self.seconds = 0.0
+        self.seconds = self.waited = 0.0
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         device = self.loss.device

@@ -103,13 +103,13 @@ def test_options_out_of_range_are_refused(make):
 def test_rows_that_are_no_molecules_are_skipped_or_named_and_rdkit_is_quiet(capfd):
     texts = ["CCO", "not a molecule", None, "", " ", "C1CC", "c1ccccc1"]
     ds = datasets.Dataset.from_dict({"smiles": texts})
-    encoded = encode_column(ds, ["smiles"], ECFP(on_invalid="skip"))
+    encoded = encode_column(ds.with_format("arrow")[:], ["smiles"], ECFP(on_invalid="skip"))
     assert encoded.valid.tolist() == [True, False, False, False, False, False, True]
     assert not encoded.values[1:6].any()
     with pytest.raises(
         UserError, match=r"column 'smiles', row 2: found 'not a molecule', .* RDKit can parse \(5 such rows in 7\)"
     ):
-        encode_column(ds, ["smiles"], ECFP())
+        encode_column(ds.with_format("arrow")[:], ["smiles"], ECFP())
     err = capfd.readouterr().err
     assert "Parse Error" not in err
     assert "unclosed ring" not in err
@@ -166,7 +166,7 @@ def test_descriptors_as_normal_scores_are_finite_and_their_state_survives_json()
 def test_options_that_encode_does_not_read_share_the_cache(tmp_path, monkeypatch):
     ds = datasets.Dataset.from_dict({"smiles": SMILES})
     for feature in (ECFP(counts=True), ECFP(counts=True, log1p=True, on_invalid="skip"), ECFP()):
-        encode_column(ds, ["smiles"], feature)
+        encode_column(ds.with_format("arrow")[:], ["smiles"], feature)
     assert len(list((tmp_path / "cache" / "mtrain").iterdir())) == 2
 
 
@@ -192,7 +192,7 @@ def test_real_molecules_are_read_in_two_processes(file, num_invalid):
     if not path.is_file():
         pytest.skip(f"no {file} under $MTRAIN_DATA")
     ds = datasets.load_dataset("csv", data_files=str(path), split="train").select_columns(["smiles"])
-    encoded = encode_column(ds, ["smiles"], ECFP(on_invalid="skip"), num_proc=2)
+    encoded = encode_column(ds.with_format("arrow")[:], ["smiles"], ECFP(on_invalid="skip"), num_proc=2)
     assert (~encoded.valid).sum() == num_invalid
     rows = np.flatnonzero(encoded.valid)[::500]
     expected = [AllChem.GetMorganFingerprintAsBitVect(Chem.MolFromSmiles(ds[int(r)]["smiles"]), 2, 1024) for r in rows]

@@ -169,7 +169,7 @@ def test_array_flattens_lists_over_chunks_and_slices(kind):
 def test_array_flattens_array2d_of_datasets_and_nested_lists():
     x = np.arange(24, dtype=np.float32).reshape(4, 2, 3)
     ds = datasets.Dataset.from_dict({"x": x.tolist()}, features=datasets.Features({"x": datasets.Array2D((2, 3), "float32")}))
-    np.testing.assert_array_equal(encode_column(ds, ["x"], Array()).values, x.reshape(4, 6))
+    np.testing.assert_array_equal(encode_column(ds.with_format("arrow")[:], ["x"], Array()).values, x.reshape(4, 6))
     np.testing.assert_array_equal(Array().encode(pa.table({"x": x.tolist()})).values, x.reshape(4, 6))
 
 
@@ -300,19 +300,19 @@ def test_a_cached_feature_is_computed_once_for_each_distinct_value(tmp_path, num
     ds = datasets.Dataset.from_dict({"t": texts, "other": list(range(3000))})
     feature = Slow(str(log), 2.0)
     feature.on_invalid = "skip"
-    encoded = encode_column(ds, ["t"], feature, num_proc)
+    encoded = encode_column(ds.with_format("arrow")[:], ["t"], feature, num_proc)
     np.testing.assert_array_equal(encoded.valid, [t is not None for t in texts])
     expected = np.array([2.0 * len(t or "") for t in texts])
     np.testing.assert_array_equal(encoded.values, np.stack([expected, expected + 1], 1))
     first = calls(log)
     assert sum(int(rows) for _, rows in first) == len(set(texts))
     assert len({pid for pid, _ in first}) == num_proc
-    again = encode_column(ds, ["t"], feature, 3 - num_proc)  # another number of processes reads the same cache
+    again = encode_column(ds.with_format("arrow")[:], ["t"], feature, 3 - num_proc)  # another number of processes reads the same cache
     np.testing.assert_array_equal(again.values, encoded.values)
     assert calls(log) == first
     other = Slow(str(log), 3.0)
     other.on_invalid = "skip"
-    assert encode_column(ds, ["t"], other).values[1, 0] == 3.0
+    assert encode_column(ds.with_format("arrow")[:], ["t"], other).values[1, 0] == 3.0
     assert len(calls(log)) > len(first)
 
 
@@ -336,7 +336,7 @@ def test_a_new_process_reads_the_cache_of_an_earlier_one(tmp_path):
             if __name__ == "__main__":
                 datasets.disable_progress_bars()
                 ds = datasets.Dataset.from_dict({"t": ["a", "bb", "a", "ccc"]})
-                print(encode_column(ds, ["t"], Mine(float(sys.argv[1]))).values.ravel().tolist())
+                print(encode_column(ds.with_format("arrow")[:], ["t"], Mine(float(sys.argv[1]))).values.ravel().tolist())
             """
         )
     )
@@ -358,17 +358,17 @@ def test_a_new_process_reads_the_cache_of_an_earlier_one(tmp_path):
 
 def test_a_view_of_a_data_set_is_encoded_in_its_own_order():
     ds = datasets.Dataset.from_dict({"x": [1.0, 2.0, 3.0]}).select([2, 0])
-    np.testing.assert_array_equal(encode_column(ds, ["x"], Numeric()).values, [[3], [1]])
+    np.testing.assert_array_equal(encode_column(ds.with_format("arrow")[:], ["x"], Numeric()).values, [[3], [1]])
 
 
 def test_an_unusable_row_a_missing_column_and_an_empty_table_are_refused(tmp_path):
     ds = datasets.Dataset.from_dict({"text": ["a", None, "b", None]})
     with pytest.raises(UserError, match=r"column 'text', row 2: found '', expected a usable value \(2 such rows in 4\)"):
-        encode_column(ds, ["text"], Slow(str(tmp_path / "log")))
+        encode_column(ds.with_format("arrow")[:], ["text"], Slow(str(tmp_path / "log")))
     with pytest.raises(UserError, match="no column 'txt' in the data; did you mean 'text'"):
-        encode_column(ds, ["txt"], Numeric())
+        encode_column(ds.with_format("arrow")[:], ["txt"], Numeric())
     with pytest.raises(UserError, match="no rows"):
-        encode_column(ds.select([]), ["text"], Numeric())
+        encode_column(ds.with_format("arrow")[:].slice(0, 0), ["text"], Numeric())
 
 
 @pytest.mark.parametrize(

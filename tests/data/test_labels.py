@@ -5,6 +5,7 @@ import pytest
 
 from mtrain.config import Selection, TasksConfig
 from mtrain.data.labels import read_grid, read_long, select
+from mtrain.data.tables import MappedTable
 from mtrain.errors import UserError
 from mtrain.model.kinds import Kind, Poisson
 
@@ -12,11 +13,11 @@ NAN = float("nan")
 
 
 def grid(columns, missing=(), **config):
-    return read_grid(datasets.Dataset(pa.table(columns)), list(columns), TasksConfig(**config), list(missing))
+    return read_grid(MappedTable(datasets.Dataset(pa.table(columns)), 100), list(columns), TasksConfig(**config), list(missing))
 
 
 def long(columns, missing=(), **config):
-    return read_long(datasets.Dataset(pa.table(columns)), "task", "y", TasksConfig(**config), list(missing))
+    return read_long(MappedTable(datasets.Dataset(pa.table(columns)), 100), "task", "y", TasksConfig(**config), list(missing))
 
 
 def entries(table):

@@ -1,14 +1,23 @@
+import threading
+import time
+from collections import Counter
+
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mtrain.data.batch import Grid, Pairs
-from mtrain.data.loader import Part, RoutedLoader, RowLoader
-from mtrain.data.order import name_key, shuffled
-from mtrain.data.samplers import Equal, Proportional, Temperature
+from mtrain.data.features import Numeric
+from mtrain.data.inputs import ChunkedInputs, FeatureColumn, MemoryInputs
+from mtrain.data.loader import BLOCK, Loader, Part, build_streams
+from mtrain.data.order import mix, name_key, shuffled
+from mtrain.data.samplers import Equal, Proportional
+from mtrain.data.tables import ReadError
 from mtrain.errors import UserError
+from mtrain.parallel.plan import assign
 
 
 @settings(max_examples=100, deadline=None)
@@ -75,7 +84,7 @@ def test_taking_rows_gives_the_same_labels_from_pairs_as_from_a_grid(seed):
 def test_micro_batches_are_consecutive_pieces_of_the_batch():
     rng = np.random.default_rng(0)
     labels = random_pairs(rng)
-    batch = Part(torch.arange(30), labels).batch(torch.randn(30, 3), torch.arange(30))
+    batch, _ = Part(torch.arange(30), labels).batch(MemoryInputs(torch.randn(30, 3)), np.arange(30))
     pieces = batch.micro_batches(8)
     assert [len(piece.row_B) for piece in pieces] == [8, 8, 8, 6]
     torch.testing.assert_close(torch.cat([piece.x_BF for piece in pieces]), batch.x_BF)
@@ -87,43 +96,104 @@ def grid_part(rows):
     """Inputs that are their own row number; the part holds every second row."""
     x = torch.arange(2 * rows, dtype=torch.float32)[:, None]
     row_R = torch.arange(0, 2 * rows, 2)
-    return x, Part(row_R, Grid(row_R[:, None].float() * 10))
+    return MemoryInputs(x), Part(row_R, Grid(row_R[:, None].float() * 10))
 
 
-@pytest.mark.parametrize(("rows", "size"), [(12, 4), (13, 5), (3, 100), (100, 1)])
-def test_a_row_loader_gives_every_row_once_in_each_epoch_with_its_own_labels(rows, size):
-    x, part = grid_part(rows)
-    loader = RowLoader(x, part, size, seed=1)
-    assert loader.steps_per_epoch == -(-rows // min(size, rows))
+def row_loader(inputs, part, size, seed=1, **options):
+    return Loader(inputs, part, build_streams(part, inputs, None, seed), Equal(), size, seed, **options)
+
+
+@pytest.mark.parametrize(("rows", "size"), [(12, 4), (13, 5), (100, 1), (7, 7)])
+def test_a_loader_gives_every_row_once_in_each_epoch_with_its_own_labels(rows, size):
+    inputs, part = grid_part(rows)
+    loader = row_loader(inputs, part, size)
+    assert loader.steps_per_epoch == -(-rows // size)
     seen = []
     for step in range(3 * rows):
         batch = loader.batch(step)
-        assert len(batch.row_B) == min(size, rows)
+        assert len(batch.row_B) == size
         assert batch.x_BF[:, 0].tolist() == batch.row_B.tolist()
         assert (batch.labels.y_BT[:, 0] / 10).tolist() == batch.row_B.tolist()
         seen += batch.row_B.tolist()
     for epoch in range(len(seen) // rows):
         assert sorted(seen[epoch * rows : (epoch + 1) * rows]) == part.row_R.tolist()
+    assert row_loader(inputs, part, size, seed=2).batch(0).row_B.tolist() != seen[:size] or size == 1
 
 
-def test_a_row_loaders_step_needs_no_state():
-    x, part = grid_part(50)
-    first = [RowLoader(x, part, 8, seed=1).batch(step).row_B.tolist() for step in range(20)]
-    loader = RowLoader(x, part, 8, seed=1)
-    loader.load_state_dict(loader.state_dict())
-    assert loader.batch(13).row_B.tolist() == first[13]
-    assert RowLoader(x, part, 8, seed=2).batch(0).row_B.tolist() != first[0]
+class Fixed:
+    def __init__(self, probability_T):
+        self.probability_T = np.asarray(probability_T)
+
+    def probabilities(self, rows_T):
+        return self.probability_T
 
 
-def routed(rows_T, probability_T=None, size=32, seed=0):
-    rng = np.random.default_rng(1)
-    task = rng.permutation(np.repeat(np.arange(len(rows_T)), rows_T))
-    rows = len(task)
-    pairs = Pairs.of(torch.arange(rows), torch.from_numpy(task), torch.arange(rows).double(), None, rows, len(rows_T))
-    p = Proportional().probabilities(np.array(rows_T)) if probability_T is None else np.asarray(probability_T)
-    names = [f"task {t}" for t in range(len(rows_T))]
-    x = torch.arange(rows, dtype=torch.float32)[:, None]
-    return RoutedLoader(x, Part(torch.arange(rows), pairs), names, p, size, seed), task
+class Annealed:
+    """Probabilities that change from block to block with the sampler's own state."""
+
+    def __init__(self):
+        self.calls = 0
+
+    def probabilities(self, rows_T):
+        self.calls += 1
+        return rows_T ** (1 / self.calls)
+
+    def state_dict(self):
+        return {"calls": self.calls}
+
+    def load_state_dict(self, state):
+        self.calls = state["calls"]
+
+
+class Numbers:
+    """A table whose column x holds the row's number, in chunks of given sizes; `broken` chunks cannot be read."""
+
+    column_names = ("x",)
+
+    def __init__(self, sizes, broken=(), delay=0.0):
+        self.start_C = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
+        self.key_C = mix(np.arange(1, len(sizes) + 1, dtype=np.uint64))
+        self.broken, self.delay, self.reads, self.threads = set(broken), delay, [], set()
+
+    def __len__(self):
+        return int(self.start_C[-1])
+
+    def read_chunk(self, chunk, columns):
+        self.reads.append(chunk)
+        self.threads.add(threading.get_ident())
+        time.sleep(self.delay)
+        if chunk in self.broken:
+            raise ReadError(f"chunk {chunk} is broken")
+        return pa.table({"x": np.arange(self.start_C[chunk], self.start_C[chunk + 1], dtype=np.float32)})
+
+    def where(self, row):
+        return f"row {row + 1}"
+
+
+def chunked(table, row_N=None, budget=1e9, **options):
+    feature = Numeric(standardize=False)
+    feature.fit(np.arange(2.0)[:, None], ["x"])
+    row_N = np.arange(len(table)) if row_N is None else row_N
+    return ChunkedInputs(
+        table, row_N, [FeatureColumn(["x"], "Numeric", feature)], budget, 0, **{"skip_failed": False} | options
+    )
+
+
+def routed_part(task_R, num_tasks, row_R=None):
+    rows = len(task_R)
+    row_R = np.arange(rows) if row_R is None else row_R
+    y_R = torch.from_numpy(row_R).double()
+    pairs = Pairs.of(torch.arange(rows), torch.from_numpy(task_R), y_R, None, rows, num_tasks)
+    return Part(torch.from_numpy(row_R), pairs)
+
+
+def routed(rows_T, sampler=None, size=32, seed=0):
+    """A long table in memory with its tasks in random order."""
+    task = np.random.default_rng(1).permutation(np.repeat(np.arange(len(rows_T)), rows_T))
+    part = routed_part(task, len(rows_T))
+    inputs = MemoryInputs(torch.arange(len(task), dtype=torch.float32)[:, None])
+    streams = build_streams(part, inputs, [f"task {t}" for t in range(len(rows_T))], seed)
+    return Loader(inputs, part, streams, sampler or Proportional(), size, seed), task
 
 
 @settings(max_examples=30, deadline=None)
@@ -131,22 +201,20 @@ def routed(rows_T, probability_T=None, size=32, seed=0):
 def test_a_tasks_rows_in_a_step_are_its_expected_number_rounded_up_or_down(data, size, seed):
     rows_T = data.draw(st.lists(st.integers(0, 30), min_size=1, max_size=40).filter(any))
     p_T = np.array(data.draw(st.lists(st.floats(0.001, 1), min_size=len(rows_T), max_size=len(rows_T))))
-    loader, _ = routed(rows_T, p_T, size, seed)
+    loader, _ = routed(rows_T, Fixed(p_T), size, seed)
     p_T = np.where(np.array(rows_T) > 0, p_T, 0)
     p_T = p_T / p_T.sum()
-    total = np.zeros(len(rows_T))
-    for step in range(130):
-        count_T = loader.counts(step)
-        assert count_T.sum() == size
-        assert (abs(count_T - size * p_T) < 1 + 1e-6).all()
-        assert (count_T[p_T == 0] == 0).all()
-        total += count_T
-    assert abs(total / 130 - size * p_T).max() < 0.25  # a multinomial draw would be off by several times that
+    count_KT = np.concatenate([loader.counts(first, {}) for first in (0, 64, 128)])
+    assert (count_KT.sum(1) == size).all()
+    assert (abs(count_KT - size * p_T) < 1 + 1e-6).all()
+    assert (count_KT[:, p_T == 0] == 0).all()
+    assert abs(count_KT.mean(0) - size * p_T).max() < 0.25  # a multinomial draw would be off by several times that
+    np.testing.assert_array_equal(loader.counts(75, {}), count_KT[75:128])
 
 
-def test_a_routed_loader_gives_every_row_of_a_task_once_in_each_of_its_epochs():
+def test_a_loader_gives_every_row_of_a_task_once_in_each_of_its_epochs():
     rows_T = [1, 3, 20, 0, 100, 7]
-    loader, task = routed(rows_T, [1, 1, 1, 5, 1, 1])
+    loader, task = routed(rows_T, Fixed([1, 1, 1, 5, 1, 1]))
     seen = [[] for _ in rows_T]
     for step in range(200):
         batch = loader.batch(step)
@@ -165,46 +233,240 @@ def test_a_routed_loader_gives_every_row_of_a_task_once_in_each_of_its_epochs():
 
 
 def test_tasks_of_probability_zero_are_never_drawn():
-    loader, _ = routed([5] * 30, [0] * 10 + [1e-12] * 10 + [0.1] * 10)
-    assert sum(loader.counts(step)[:10].sum() for step in range(200)) == 0
-
-
-@pytest.mark.parametrize(("stop", "seed"), [(0, 0), (1, 1), (63, 2), (64, 3), (97, 4)])
-def test_a_restored_routed_loader_continues_exactly(stop, seed):
-    rows_T = [1, 3, 20, 100, 7]
-    whole, _ = routed(rows_T, seed=seed)
-    batches = [whole.batch(step).row_B.tolist() for step in range(stop + 70)]
-    before, _ = routed(rows_T, seed=seed)
-    for step in range(stop):
-        before.batch(step)
-    after, _ = routed(rows_T, seed=seed)
-    after.load_state_dict(before.state_dict())
-    assert [after.batch(step).row_B.tolist() for step in range(stop, stop + 70)] == batches[stop:]
-
-
-def test_cursors_are_kept_by_name():
-    loader, _ = routed([4, 6])
-    loader.batch(0)
-    cursors = loader.state_dict()["cursors"]
-    assert sum(cursors.values()) == 32
-    loader.load_state_dict({"cursors": dict(reversed(cursors.items()))})
-    assert loader.state_dict()["cursors"] == cursors
-    with pytest.raises(UserError, match="no data position of task 'task 1'"):
-        loader.load_state_dict({"cursors": {"task 0": 1}})
+    loader, _ = routed([5] * 30, Fixed([0] * 10 + [1e-12] * 10 + [0.1] * 10))
+    assert sum(loader.counts(first, {})[:, :10].sum() for first in range(0, 640, BLOCK)) == 0
 
 
 @pytest.mark.parametrize("bad", [[0.5], [0.5, -0.5], [0.5, np.nan], [0.0, 1.0]])
 def test_probabilities_that_cannot_be_are_refused(bad):
     with pytest.raises(UserError, match="sampler: gave"):
-        routed([5, 0], bad)
+        routed([5, 0], Fixed(bad))[0].batch(0)
 
 
-def test_samplers_follow_their_formulas():
-    rows_T = np.array([100, 0, 1, 899])
-    np.testing.assert_allclose(Proportional().probabilities(rows_T), rows_T / 1000)
-    root = np.sqrt([100, 0, 1, 899])
-    np.testing.assert_allclose(Temperature(2.0).probabilities(rows_T), root / root.sum())
-    np.testing.assert_allclose(Temperature(5.0).probabilities(rows_T)[3], 899**0.2 / (100**0.2 + 1 + 899**0.2))
-    np.testing.assert_allclose(Equal().probabilities(rows_T), [1 / 3, 0, 1 / 3, 1 / 3])
-    with pytest.raises(UserError, match="tau is 0, expected a positive number"):
-        Temperature(0)
+@st.composite
+def problems(draw):
+    """Tasks with files of their own, or a long table whose chunks hold rows of all tasks; some rows are not in the part."""
+    rng = np.random.default_rng(draw(st.integers(0, 2**32)))
+    rows_T = rng.integers(1, draw(st.sampled_from([3, 40, 300])), draw(st.integers(1, 12)))
+    sizes = []
+    most = draw(st.sampled_from([1, 7, 50, 1000]))
+    for rows in rows_T if (own_files := draw(st.booleans())) else [rows_T.sum()]:
+        while rows:
+            sizes.append(min(int(rng.integers(1, most + 1)), rows))
+            rows -= sizes[-1]
+    task = np.repeat(np.arange(len(rows_T)), rows_T)
+    task = task if own_files else rng.permutation(task)
+    row_R = np.flatnonzero(rng.random(len(task)) < draw(st.sampled_from([0.3, 1.0])))
+    row_R = row_R if len(row_R) else np.array([0])
+    return {
+        "sizes": sizes, "task": task, "row_R": row_R, "num_tasks": len(rows_T), "by_task": draw(st.booleans()),
+        "size": draw(st.integers(1, 60)), "seed": draw(st.integers(0, 2**32)), "budget": draw(st.sampled_from([0, 400, 1e9])),
+    }  # fmt: skip
+
+
+def loader_of(problem, memory=False, **options):
+    table = Numbers(problem["sizes"])
+    row_R, task_R = problem["row_R"], problem["task"][problem["row_R"]]
+    part = routed_part(task_R, problem["num_tasks"], row_R)
+    inputs = chunked(table, budget=problem["budget"])
+    if memory:
+        inputs = MemoryInputs(torch.arange(len(table), dtype=torch.float32)[:, None])
+    names = [f"task {t}" for t in range(problem["num_tasks"])] if problem["by_task"] else None
+    streams = build_streams(part, inputs, names, problem["seed"])
+    sampler = Annealed() if problem["by_task"] else Equal()
+    return Loader(inputs, part, streams, sampler, problem["size"], problem["seed"], **options)
+
+
+def rows_of(loader, steps):
+    rows = []
+    for step in steps:
+        batch = loader.batch(step)
+        assert batch.x_BF[:, 0].long().tolist() == batch.row_B.tolist() == batch.labels.y_P.long().tolist()
+        rows.append(batch.row_B.tolist())
+    loader.close()
+    return rows
+
+
+@settings(max_examples=60, deadline=None)
+@given(problem=problems(), stops=st.lists(st.integers(0, 150), max_size=3))
+def test_streams_give_every_row_once_in_each_epoch_also_after_restores_at_random_steps(problem, stops):
+    whole = rows_of(loader_of(problem), range(160))
+    stream = problem["task"] if problem["by_task"] else np.zeros_like(problem["task"])
+    for s in np.unique(stream[problem["row_R"]]):
+        seen = [row for rows in whole for row in rows if stream[row] == s]
+        own = sorted(problem["row_R"][stream[problem["row_R"]] == s].tolist())
+        for epoch in range(len(seen) // len(own)):
+            assert sorted(seen[epoch * len(own) : (epoch + 1) * len(own)]) == own
+    pieces, state, at = [], None, 0
+    for stop in [*sorted(stops), 160]:
+        loader = loader_of(problem)
+        if state is not None:
+            loader.load_state_dict(state)
+        pieces += rows_of(loader, range(at, stop))
+        state, at = loader.state_dict(), stop
+    assert pieces == whole
+
+
+@settings(max_examples=25, deadline=None)
+@given(problem=problems(), stop=st.integers(0, 100))
+def test_any_number_of_ranks_sees_the_rows_of_one_process(problem, stop):
+    whole = [Counter(rows) for rows in rows_of(loader_of(problem), range(100))]
+    names = [f"task {t}" for t in range(problem["num_tasks"])]
+    load_T = np.bincount(problem["task"], minlength=len(names))
+    state = None
+    for ranks, steps in (
+        (1, range(stop)),
+        (4, range(stop)),
+        (2, range(stop, 100)),
+        (3, range(stop, 100)),
+        (7, range(stop, 100)),
+    ):
+        owner_T = assign(names, load_T, ranks).owner_T if problem["by_task"] else None
+        loaders = [loader_of(problem, owner_S=owner_T, rank=rank, ranks=ranks) for rank in range(ranks)]
+        if steps.start:
+            for loader in loaders:  # saved on 4 ranks, on any of them
+                loader.load_state_dict(state)
+        found = [rows_of(loader, steps) for loader in loaders]
+        for i, step in enumerate(steps):
+            assert sum((Counter(rows[i]) for rows in found), Counter()) == whole[step]
+        if not steps.start:
+            states = [loader.state_dict() for loader in loaders]
+            assert all(one == states[0] for one in states)
+            state = states[-1]
+        if owner_T is not None:  # a rank reads the chunks of its own tasks only
+            for rank, loader in enumerate(loaders):
+                own = np.isin(owner_T[problem["task"]], rank)
+                assert set(loader.inputs.table.reads) <= set(loader.inputs.chunk_N[own].tolist())
+
+
+@settings(max_examples=20, deadline=None)
+@given(problem=problems())
+def test_a_stream_of_one_chunk_has_the_order_of_memory(problem):
+    problem["sizes"] = [len(problem["task"])]
+    assert rows_of(loader_of(problem), range(80)) == rows_of(loader_of(problem, memory=True), range(80))
+
+
+def test_chunks_follow_each_other_so_that_few_are_in_use():
+    table = Numbers([50] * 40)
+    loader = Loader(
+        inputs := chunked(table, budget=20 * 50 * 4), part := routed_part(np.zeros(2000, dtype=np.int64), 1),
+        build_streams(part, inputs, ["a"], 0), Proportional(), 10, 0,
+    )  # fmt: skip
+    orders = []
+    for rows in np.concatenate(rows_of(loader, range(400))).reshape(2, -1):
+        chunk = rows.reshape(40, 50) // 50
+        assert (chunk == chunk[:, :1]).all()
+        orders.append(chunk[:, 0].tolist())
+        within = rows.reshape(40, 50) % 50
+        assert len({tuple(each) for each in within.tolist()}) == 40
+    assert orders[0] != orders[1]
+    slab = 64 * 10 // 50 + 1
+    assert len(table.reads) < 2 * 40 + 2 * slab + 400 // 64  # each once, what is read ahead, and one again for each slab
+
+
+def test_the_rows_of_a_grid_are_mixed_over_several_chunks():
+    table = Numbers([50] * 40)
+    inputs = chunked(table)
+    part = Part(torch.arange(2000), Grid(torch.arange(2000.0)[:, None]))
+    rows = np.concatenate([row_loader(inputs, part, 10).batch(step).row_B.numpy() for step in [0]])
+    loader = row_loader(inputs, part, 400)
+    rows = loader.batch(0).row_B.numpy()
+    assert len(np.unique(rows // 50)) == 8
+    assert len(set(rows.tolist())) == 400
+
+
+def test_restoring_reads_nothing_of_what_went_before():
+    def made(table):
+        inputs, part = chunked(table), routed_part(np.zeros(10_000, dtype=np.int64), 1)
+        return Loader(inputs, part, build_streams(part, inputs, ["a"], 0), Proportional(), 10, 0)
+
+    first = made(Numbers([50] * 200))
+    consumed = np.concatenate(rows_of(first, range(500))) // 50
+    table = Numbers([50] * 200)
+    after = made(table)
+    after.load_state_dict(first.state_dict())
+    rows_of(after, range(500, 505))
+    assert set(consumed.tolist()).isdisjoint(table.reads)
+    assert 0 < len(table.reads) <= 3 * 14
+
+
+def test_reading_ahead_is_bounded_and_off_the_training_thread():
+    table = Numbers([1000] * 30, delay=0.001)
+    inputs, part = chunked(table, budget=8000), routed_part(np.zeros(30_000, dtype=np.int64), 1)
+    loader = Loader(inputs, part, build_streams(part, inputs, ["a"], 0), Proportional(), 50, 0)
+    loader.batch(0)
+    time.sleep(0.3)
+    assert len(table.reads) <= 14  # a slab in use and two ahead, of 64 steps each: 9,600 rows
+    assert threading.get_ident() not in table.threads
+    assert inputs._kept_bytes <= 8000
+    loader.close()
+    reads = len(table.reads)
+    time.sleep(0.1)
+    assert len(table.reads) == reads
+
+
+def test_chunks_that_do_not_fit_do_not_push_out_those_that_do():
+    table = Numbers([100] * 20)
+    inputs = chunked(table, budget=10 * 400)
+    for _ in range(5):
+        x, ok = inputs.gather(np.arange(2000))
+        assert ok is None
+        assert x[:, 0].tolist() == list(range(2000))
+    assert len(table.reads) == 20 + 4 * 10
+
+
+def test_a_chunk_that_cannot_be_read_stops_the_run_or_leaves_its_tasks_out():
+    task = np.repeat(np.arange(3), 200)
+
+    def made(skip):
+        inputs, part = chunked(Numbers([100] * 6, broken=[3]), skip_failed=skip), routed_part(task, 3)
+        return Loader(inputs, part, build_streams(part, inputs, ["a", "b", "c"], 0), Proportional(), 30, 0)
+
+    with pytest.raises(ReadError, match="chunk 3 is broken"):
+        rows_of(made(skip=False), range(100))
+    whole = made(skip=True)
+    batches = rows_of(whole, range(130))
+    assert list(whole.dropped) == ["b"]
+    gone = whole.dropped["b"]
+    tasks = [set(task[rows].tolist()) for rows in batches]
+    assert set.union(*tasks[:gone]) == {0, 1, 2}
+    assert {row // 100 for rows in batches[:gone] for row in rows if task[row] == 1} <= {2}
+    assert all(found == {0, 2} for found in tasks[gone:])
+    assert {len(rows) for rows in batches[BLOCK:]} == {30}  # in the next block the others take its place
+    assert "chunk 3 is broken" in whole.inputs.notes()[0]
+    for stop in (gone, gone + 5, 100):
+        before = made(skip=True)
+        rows_of(before, range(stop))
+        after = made(skip=True)
+        after.load_state_dict(before.state_dict())
+        assert rows_of(after, range(stop, 130)) == batches[stop:]
+
+
+def test_a_task_whose_rows_changed_since_the_checkpoint_is_named_or_left_out():
+    def made(rows_T):
+        task = np.repeat(np.arange(2), rows_T)
+        inputs, part = MemoryInputs(torch.zeros(len(task), 1)), routed_part(task, 2)
+        return Loader(inputs, part, build_streams(part, inputs, ["task 0", "task 1"], 0), Proportional(), 32, 0)
+
+    loader = made([4, 6])
+    loader.batch(0)
+    state = loader.state_dict()
+    assert sum(state["cursors"].values()) == 32
+    for rows_T, named in (([4, 7], "task 1"), ([3, 6], "task 0"), ([6, 4], "task 0")):
+        other = made(rows_T)
+        with pytest.raises(UserError, match=f"checkpoint: task '{named}' has .* the data have changed"):
+            other.load_state_dict(state)
+    other.skip_changed = True
+    other.load_state_dict(state)
+    assert list(other.dropped) == ["task 0", "task 1"]
+    del state["cursors"]["task 1"]
+    with pytest.raises(UserError, match="no data position of task 'task 1'"):
+        loader.load_state_dict(state)
+
+
+def test_the_state_of_a_thousand_tasks_is_small():
+    import pickle
+
+    loader, _ = routed([3] * 1000)
+    loader.batch(0)
+    assert len(pickle.dumps(loader.state_dict())) < 100_000

@@ -70,12 +70,12 @@ def test_inputs_and_targets_are_fitted_on_training_rows_only(tmp_path):
     train = data.split_rows["train"]
     x = frame[["x1", "x2"]].to_numpy()
     naive = (x - x[train].mean(0)) / x[train].std(0)
-    np.testing.assert_allclose(data.x_NF.numpy(), naive, atol=1e-5)
+    np.testing.assert_allclose(data.inputs.x_NF.numpy(), naive, atol=1e-5)
     changed = frame.copy()
     others = np.setdiff1d(np.arange(len(frame)), train)
     changed.loc[others, ["x1", "x2", "y0"]] *= 1000
     _, again = prepared(tmp_path, changed, GRID)
-    torch.testing.assert_close(again.x_NF[train], data.x_NF[train])
+    torch.testing.assert_close(again.inputs.x_NF[train], data.inputs.x_NF[train])
     for name in ("center", "scale", "mean", "std", "train_labels", "constant_deviance"):
         np.testing.assert_array_equal(again.tasks.stats[name], data.tasks.stats[name])
 
@@ -95,7 +95,7 @@ def test_routed_parts_hold_each_row_once_with_its_task_label_and_weight(tmp_path
     tree = ROUTED | {"data": ROUTED["data"] | {"weight": "w"}, "split": {"by": "within_task"}}
     _, data = prepared(tmp_path, frame, tree)
     kept = np.flatnonzero(frame.y.notna())
-    assert len(data.x_NF) == len(kept)
+    assert len(data.inputs.x_NF) == len(kept)
     for name, part in data.parts.items():
         assert isinstance(part.labels, Pairs)
         rows = data.split_rows[name]
@@ -122,9 +122,9 @@ def test_pairs_have_one_input_for_each_key_and_a_split_of_labels(tmp_path, by):
     frame = pairs_frame()
     source, data = prepared(tmp_path, frame, PAIRS | {"split": {"by": by}})
     order = list(dict.fromkeys(frame.id))
-    assert source.num_inputs == len(data.x_NF) == len(order)
+    assert source.num_inputs == len(data.inputs.x_NF) == len(order)
     first = frame.drop_duplicates("id").x1.to_numpy()
-    np.testing.assert_allclose(np.corrcoef(data.x_NF[:, 0], first)[0, 1], 1)
+    np.testing.assert_allclose(np.corrcoef(data.inputs.x_NF[:, 0], first)[0, 1], 1)
     seen = {}
     for name, part in data.parts.items():
         units = data.split_rows[name]
@@ -156,7 +156,7 @@ def test_a_grid_and_the_same_table_as_pairs_give_the_same_tensors(tmp_path):
     for part in ("train", "test"):
         assert isinstance(pairs.parts[part].labels, Grid)
         torch.testing.assert_close(pairs.parts[part].labels.y_BT[:, order], grid.parts[part].labels.y_BT, equal_nan=True)
-    torch.testing.assert_close(pairs.x_NF, grid.x_NF)
+    torch.testing.assert_close(pairs.inputs.x_NF, grid.inputs.x_NF)
 
 
 def test_a_repeated_measurement_is_kept_and_said(tmp_path):
@@ -210,13 +210,13 @@ def test_rows_that_cannot_be_used_are_left_out_counted_and_limited(tmp_path, tre
         tree["tasks"] = {"labels": "y*"}
     _, data = prepared(tmp_path, frame, tree)
     assert any(note.startswith("1 of ") and "left out" in note for note in data.notes)
-    assert (data.x_NF >= 0).all()
+    assert (data.inputs.x_NF >= 0).all()
     kept = set(frame.other[~same])
-    assert {int(value) for value in data.x_NF[:, 1]} == kept
+    assert {int(value) for value in data.inputs.x_NF[:, 1]} == kept
     for name, part in data.parts.items():  # labels still belong to their inputs
-        of = {int(v): row for row, v in enumerate(data.x_NF[:, 1].tolist())}
+        of = {int(v): row for row, v in enumerate(data.inputs.x_NF[:, 1].tolist())}
         for (row, task), y in entries(part, data.tasks).items():
-            own = frame[frame.other == int(data.x_NF[row, 1])]
+            own = frame[frame.other == int(data.inputs.x_NF[row, 1])]
             found = own[task].to_numpy() if task in own else own.y[own.task == task].to_numpy()
             assert np.isclose(found, y, rtol=1e-4, atol=1e-4).any(), (name, of)
     frame.loc[: len(frame) // 3, "x1"] = -1.0

@@ -12,6 +12,7 @@ from torch import nn
 
 from mtrain.config import ObjectiveConfig
 from mtrain.data.batch import Pairs
+from mtrain.data.inputs import MemoryInputs
 from mtrain.data.loader import Part
 from mtrain.errors import UserError
 from mtrain.model.kinds import Binary, Multiclass, Poisson, Quantile
@@ -95,7 +96,7 @@ def test_skill_deviance_and_metrics_equal_a_loop_over_the_scored_rows(problem, l
     tasks, evaluator, x, part, entries = problem
     if layout == "grid":
         part = as_grid(part)
-    scores = evaluator.score(x, part)
+    scores = evaluator.score(MemoryInputs(x), part)
     expected = naive(tasks, evaluator.bank, x, entries)
     for t, task in enumerate(tasks):
         if t not in expected:
@@ -125,8 +126,8 @@ def test_skill_deviance_and_metrics_equal_a_loop_over_the_scored_rows(problem, l
 
 def test_grid_and_pairs_of_the_same_labels_score_the_same(problem):
     _, evaluator, x, part, _ = problem
-    pairs = evaluator.score(x, part, choose_threshold=True)
-    grid = evaluator.score(x, as_grid(part), choose_threshold=True)
+    pairs = evaluator.score(MemoryInputs(x), part, choose_threshold=True)
+    grid = evaluator.score(MemoryInputs(x), as_grid(part), choose_threshold=True)
     for name, values in pairs.per_task.items():
         np.testing.assert_allclose(grid.per_task[name], values, rtol=1e-4, atol=1e-6, err_msg=name)
     for name, values in pairs.summary.items():
@@ -137,10 +138,10 @@ def test_grid_and_pairs_of_the_same_labels_score_the_same(problem):
 
 def test_thresholds_are_chosen_on_one_part_and_applied_to_another(problem):
     tasks, evaluator, x, part, _ = problem
-    chosen = evaluator.score(x, part, choose_threshold=True)
+    chosen = evaluator.score(MemoryInputs(x), part, choose_threshold=True)
     assert chosen.threshold_T is not None
-    plain = evaluator.score(x, part)
-    again = evaluator.score(x, part, threshold_T=chosen.threshold_T)
+    plain = evaluator.score(MemoryInputs(x), part)
+    again = evaluator.score(MemoryInputs(x), part, threshold_T=chosen.threshold_T)
     binary = [t for t, task in enumerate(tasks) if task.kind.family == "binary"]
     np.testing.assert_allclose(again.per_task["f1"][binary], chosen.per_task["f1"][binary])
     assert (again.per_task["f1"][binary] >= plain.per_task["f1"][binary] - 1e-9).all()
@@ -149,7 +150,7 @@ def test_thresholds_are_chosen_on_one_part_and_applied_to_another(problem):
 
 def test_only_the_asked_metrics_are_computed_with_the_same_values(problem):
     _, evaluator, x, part, _ = problem
-    every, one = evaluator.score(x, part), evaluator.score(x, part, only={"roc_auc"})
+    every, one = evaluator.score(MemoryInputs(x), part), evaluator.score(MemoryInputs(x), part, only={"roc_auc"})
     assert set(one.summary) == {"skill", "deviance", "roc_auc"}
     assert one.value("roc_auc", "mean") == every.value("roc_auc", "mean")
     assert math.isnan(one.value("mse", "mean"))
@@ -163,7 +164,7 @@ def test_a_task_that_a_constant_predicts_perfectly_has_no_skill(problem):
             t
         ]
     standard = (y - tasks.stats["center"][task]) / tasks.stats["scale"][task]
-    scores = evaluator.score(x, part_of(row, task, y, standard, None, len(tasks)))
+    scores = evaluator.score(MemoryInputs(x), part_of(row, task, y, standard, None, len(tasks)))
     assert np.isnan(scores.per_task["skill"][[0, 1, 5]]).all()
     assert np.isfinite(scores.per_task["deviance"][[0, 1, 5]]).all()
 
@@ -172,7 +173,7 @@ def test_scoring_and_predicting_leave_the_training_mode_as_it_was(problem):
     _, evaluator, x, part, _ = problem
     evaluator.bank.train()
     evaluator.model.eval()
-    evaluator.score(x, part)
+    evaluator.score(MemoryInputs(x), part)
     list(evaluator.predict(x))
     assert evaluator.bank.training
     assert not evaluator.model.training

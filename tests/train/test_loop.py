@@ -32,7 +32,7 @@ def train(config, path):
 
 def curve(path):
     lines = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k != "rows_per_second"} for line in lines]
+    return [{k: v for k, v in line.items() if k not in ("rows_per_second", "data_wait")} for line in lines]
 
 
 def weights(path, name="latest"):
@@ -67,6 +67,8 @@ RESUMED = {
     "routed towards shared heads": ("routed", {"model": {"trunk": "Identity", "head": {"toward_shared": 10.0}}}),
     "pairs with accumulation": ("pairs", {"train": {"epochs": 4, "global_batch": 16, "micro_batch": 5, "log_every": 4}}),
     "a user's own random trunk": ("grid", {"model": {"trunk": "problems.OwnTrunk"}}),
+    "routed by the chunk": ("routed", {"data": {"streaming": True, "chunk_rows": 20}, "split": {"refit": True}}),
+    "grid by the chunk": ("grid", {"data": {"streaming": True, "chunk_rows": 4}}),
     "an ensemble": ("pairs", {"model": {"trunk": {"class_path": "MLP", "init_args": {"widths": [8], "members": 2}}}}),
 }
 
@@ -199,9 +201,9 @@ def test_a_refit_trains_as_long_as_selected_on_train_and_valid_and_scores_the_te
 
     monkeypatch.setattr(Trainer, "__init__", built)
 
-    def counted(self, x_NF, part, **options):
+    def counted(self, inputs, part, **options):
         scored.append(next(name for name, own in parts.items() if own is part))
-        return score(self, x_NF, part, **options)
+        return score(self, inputs, part, **options)
 
     monkeypatch.setattr(Evaluator, "score", counted)
     summary, _ = train(run_config(layout, split={"refit": True}), tmp_path)

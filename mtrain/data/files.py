@@ -1,0 +1,632 @@
+"""Layout files: a data set for each task, named in a task table or found in a folder."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import os
+import re
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from glob import glob
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlparse
+
+import datasets
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import yaml
+from numpy.typing import NDArray
+from pydantic import ValidationError
+
+from mtrain.components import Spec, first_problem
+from mtrain.config import Config, DataConfig, _Loader
+from mtrain.data.labels import select
+from mtrain.data.sources import format_of, hub_files, quiet, reason, search_folders, streams
+from mtrain.data.splits import SOURCE
+from mtrain.data.tables import JoinedTable, Piece, ReadError, Table, open_many, open_mapped
+from mtrain.errors import UserError, matches, nearest, some
+
+TASK = "__task__"  # constant column: the task's name
+COLUMNS = ("name", "kind", "data", "config", "split", "format", "inputs", "label", "weight")
+"""What a task table may say of a task."""
+_FORMATS = ("csv", "json", "parquet", "arrow")
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+_EXPECTED_SHARE = 0.9  # of the other tasks: a column that so many have is missing from the rest by mistake
+
+
+@dataclass(frozen=True)
+class TaskSource:
+    """Where the data of a task are.
+
+    files: paths, globs, URLs or a hub id by split, `""` if the task has no splits of its own; when opened: its files.
+    form: csv, json, parquet or arrow; None: by the files' endings.
+    label: the task's own label column.
+    rename: the task's own name of an input, by its common name.
+    config, split: configuration of a hub data set, and its splits by the part that they form (`""`: all one).
+    where: its row of the task table, for messages.
+    """
+
+    name: str
+    files: dict[str, list[str]]
+    label: str
+    form: str | None = None
+    rename: dict[str, str] = field(default_factory=dict)
+    kind: Spec | None = None
+    weight: float | None = None
+    config: str | None = None
+    split: dict[str, str] = field(default_factory=dict)
+    where: str = field(default="", compare=False)
+
+    @property
+    def first_file(self) -> str:
+        return next(paths[0] for paths in self.files.values())
+
+
+@dataclass(frozen=True)
+class TaskFiles:
+    """The opened data sets of T tasks as one table, in which the rows of each task are contiguous.
+
+    table: with the common columns, and the constant columns `TASK` and, if tasks have splits, `SOURCE`.
+    pieces: each task's own tables, one a split.
+    first_T: `[T + 1]`, the first row of each task, and the number of rows.
+    columns: columns of all tasks that no task has as label: what may be an input, key or weight.
+    skipped: names and reasons of tasks that are left out.
+    """
+
+    table: JoinedTable
+    sources: list[TaskSource]
+    pieces: list[list[Piece]]
+    first_T: NDArray[np.int64]
+    columns: list[str]
+    streaming: bool
+    notes: list[str]
+    skipped: list[tuple[str, str]]
+
+
+class _NeedsScript(UserError):
+    """A hub data set that is a program."""
+
+
+class _Faults:
+    """Tasks that cannot be used, by position: the first one stops the run, or all are left out and counted."""
+
+    def __init__(self, sources: Sequence[TaskSource], stop: bool):
+        self.sources, self.stop = sources, stop
+        self.reasons: dict[int, str] = {}
+        self.scripts: list[int] = []
+
+    def add(self, t: int, problem: str) -> None:
+        source = self.sources[t]
+        self.reasons[t] = problem
+        if self.stop:
+            row = f" ({source.where})" if source.where else ""
+            raise UserError(f"task '{source.name}'{row}: {problem} (data.on_error: skip_task leaves such tasks out)")
+
+    def add_script(self, t: int, problem: str) -> None:
+        self.reasons[t] = problem
+        self.scripts.append(t)
+
+    def left(self) -> list[int]:
+        kept = [t for t in range(len(self.sources)) if t not in self.reasons]
+        if not kept:
+            t, problem = min(self.reasons.items())
+            raise UserError(
+                f"none of the {len(self.sources)} tasks can be used; the first, '{self.sources[t].name}': {problem}"
+            )
+        return kept
+
+    def notes(self) -> Iterator[str]:
+        if self.scripts:
+            names = some([self.sources[t].name for t in self.scripts])
+            yield f"{len(self.scripts)} tasks need a loading script, which datasets no longer runs, and are left out: {names}"
+        others = [t for t in sorted(self.reasons) if t not in self.scripts]
+        if others:
+            first = some([f"{self.sources[t].name} ({self.reasons[t]})" for t in others], 3)
+            yield f"{len(others)} tasks have data that cannot be used and are left out: {first}"
+
+
+def open_tasks(config: Config, beside: Path | None = None) -> TaskFiles:
+    """Open the data sets of all selected tasks.
+
+    Args:
+        beside: folder of the config file, see `open_table`; paths of a task table are also tried beside it.
+
+    Raises:
+        UserError: the task table is wrong, no task is left, or, unless `data.on_error` is skip_task, a task's data cannot
+            be read, are empty, or lack its label or an input that others have.
+    """
+    data = config.data
+    folders = search_folders(data, beside)
+    if data.table is not None:
+        path = _existing(data.table, folders, "data.table")
+        sources = read_task_table(path, data)
+        folders.append(path.parent)
+    else:
+        sources = discover(data, folders)
+    selected = set(select([source.name for source in sources], config.tasks.labels, "tasks.labels"))
+    if not selected:
+        raise UserError(f"tasks.labels: none of the {len(sources)} tasks is left; exclude fewer")
+    sources = [source for source in sources if source.name in selected]
+    faults = _Faults(sources, stop=data.on_error == "stop")
+
+    _resolve_all(sources, faults, data, folders)
+    streaming = streams(data, [file for t in faults.left() for files in sources[t].files.values() for file in files])
+    tables = _open_all(sources, faults, data, streaming)
+    shared, notes = _common_columns(sources, faults, tables, config)
+
+    kept = faults.left()
+    split = any(set(sources[t].files) != {""} for t in kept)
+    unsplit = [sources[t].name for t in kept if set(sources[t].files) == {""}]
+    if split and unsplit:
+        notes.append(f"{len(unsplit)} of {len(kept)} tasks have no splits of their own, all their rows count as 'train': "
+                     f"{some(unsplit)}")  # fmt: skip
+    pieces = [
+        [
+            Piece(
+                table,
+                sources[t].rename,
+                {TASK: sources[t].name} | ({SOURCE: part or "train"} if split else {}),
+                f"task '{sources[t].name}'" + (f", split '{part}'" if part else ""),  # chunks are keyed by it
+            )
+            for part, table in tables[t].items()
+        ]
+        for t in kept
+    ]
+    rows_T = [sum(len(piece.table) for piece in own) for own in pieces]
+    return TaskFiles(
+        table=JoinedTable([piece for own in pieces for piece in own]),
+        sources=[sources[t] for t in kept],
+        pieces=pieces,
+        first_T=np.concatenate([[0], np.cumsum(rows_T)]).astype(np.int64),
+        columns=shared,
+        streaming=streaming,
+        notes=[*faults.notes(), *notes],
+        skipped=[(sources[t].name, faults.reasons[t]) for t in sorted(faults.reasons)],
+    )
+
+
+# The task table.
+
+
+def read_task_table(path: Path, config: DataConfig) -> list[TaskSource]:
+    """One task per row of a CSV, TSV, Parquet, YAML or JSON file; paths are as written there.
+
+    Raises:
+        UserError: names the file and the row: an unknown column, a missing `data`, two tasks of one name, ...
+    """
+    rows = _rows(path)
+    if not rows:
+        raise UserError(f"data.table {path}: no rows, expected one for each task")
+    sources = []
+    row_of: dict[str, int] = {}
+    for i, row in enumerate(rows, 1):
+        source = _source(row, f"{path}, row {i}", config)
+        if (other := row_of.setdefault(source.name, i)) != i:
+            raise UserError(
+                f"{path}, row {i}: the task name '{source.name}' is also in row {other}; give each a name of its own"
+            )
+        sources.append(source)
+    return sources
+
+
+def _rows(path: Path) -> list[Any]:
+    kind = path.suffix.lower().lstrip(".")
+    try:
+        if kind in ("csv", "tsv"):
+            with path.open(newline="", encoding="utf-8-sig") as stream:
+                return _csv_rows(csv.DictReader(stream, delimiter="\t" if kind == "tsv" else ",", strict=True), path)
+        if kind in ("parquet", "pq"):
+            return pq.read_table(path).to_pylist()
+        text = path.read_text(encoding="utf-8")
+        if kind in ("jsonl", "ndjson"):
+            return [json.loads(line) for line in text.splitlines() if line.strip()]
+        if kind not in ("yaml", "yml", "json"):
+            raise UserError(f"data.table {path}: expected a .csv, .tsv, .parquet, .yaml, .json or .jsonl file")
+        rows = json.loads(text) if kind == "json" else yaml.load(text, Loader=_Loader)
+    except (OSError, ValueError, csv.Error, yaml.YAMLError, pa.ArrowException) as error:
+        raise UserError(f"data.table {path}: cannot be read as {kind}: {reason(error)}") from error
+    if not isinstance(rows, list):
+        raise UserError(f"data.table {path}: found {type(rows).__name__}, expected a list with an entry for each task")
+    return rows
+
+
+def _csv_rows(reader: csv.DictReader[str], path: Path) -> list[dict[str, Any]]:
+    names = reader.fieldnames or []
+    if len(set(names)) < len(names):
+        twice = next(name for i, name in enumerate(names) if name in names[:i])
+        raise UserError(f"data.table {path}: two columns are named '{twice}', expected unique names")
+    rows: list[dict[str, Any]] = []
+    for row in reader:
+        if None in row:
+            raise UserError(
+                f"{path}, row {len(rows) + 1}: has more values than the header has names; quote values that hold the separator"
+            )
+        rows.append({name.strip(): value for name, value in row.items()})
+    return rows
+
+
+def _source(row: Any, where: str, config: DataConfig) -> TaskSource:
+    if not isinstance(row, dict):
+        raise UserError(f"{where}: found {row!r}, expected columns such as name and data")
+    for column in row:
+        if column not in COLUMNS:
+            raise UserError(f"{where}: unknown column '{column}'{nearest(str(column), COLUMNS)}")
+    cell = {name: value for name, value in ((name, _tidy(value)) for name, value in row.items()) if value is not None}
+    if "data" not in cell:
+        raise UserError(f"{where}: no data, expected a path, URL or hub id in column data")
+    files = _files(cell["data"], where)
+    hub_config = _text(cell["config"], where, "config") if "config" in cell else None
+    form = _text(cell["format"], where, "format") if "format" in cell else None
+    if form is not None and form not in _FORMATS:
+        raise UserError(f"{where}, format: found '{form}', expected one of {', '.join(_FORMATS)}")
+    label = _text(cell["label"], where, "label") if "label" in cell else config.label
+    if label is None:
+        raise UserError(f"{where}: no label column, name it in column label, or in data.label for all tasks")
+    rename = _mapping(cell.get("inputs", {}), where, "inputs", "text=sentence;title=headline")
+    own = Counter([*rename.values(), label])
+    if twice := [name for name, count in own.items() if count > 1]:
+        used = "the label and an input" if twice[0] == label else "two inputs"
+        raise UserError(f"{where}, inputs: column '{twice[0]}' is {used}; it can be only one of them")
+    split = cell.get("split", {})
+    if isinstance(split, str) and "=" not in split:
+        split = {"": split}
+    name = _text(cell["name"], where, "name") if "name" in cell else _default_name(files, hub_config, where)
+    return TaskSource(
+        name=name,
+        files=files,
+        label=label,
+        form=form,
+        rename=rename,
+        kind=_kind_spec(cell.get("kind"), where),
+        weight=_weight(cell.get("weight"), where),
+        config=hub_config,
+        split=_mapping(split, where, "split", "train=train;test=validation"),
+        where=where,
+    )
+
+
+def _tidy(value: Any) -> Any:
+    """Absent (None, NaN, empty) is None; Arrow's maps and structs with absent fields are plain mappings."""
+    if isinstance(value, list) and value and all(isinstance(pair, tuple) for pair in value):
+        value = dict(value)
+    if isinstance(value, dict):
+        value = {k: v for k, v in ((k, _tidy(v)) for k, v in value.items()) if v is not None}
+    if isinstance(value, str):
+        value = value.strip()
+    absent = value is None or (isinstance(value, float) and math.isnan(value)) or value in ("", [], {})
+    return None if absent else value
+
+
+def _text(value: Any, where: str, column: str) -> str:
+    if isinstance(value, bool) or not isinstance(value, (str, int, float)):
+        raise UserError(f"{where}, {column}: found {value!r}, expected text")
+    return str(value)
+
+
+def _files(value: Any, where: str) -> dict[str, list[str]]:
+    by_split = value if isinstance(value, dict) else {"": value}
+    files = {}
+    for split, paths in by_split.items():
+        found = paths.split(";") if isinstance(paths, str) else paths if isinstance(paths, list) else [paths]
+        files[str(split)] = [path for path in (_text(path, where, "data").strip() for path in found) if path]
+        if not files[str(split)]:
+            raise UserError(f"{where}, data: found {value!r}, expected a path, URL or hub id")
+    return files
+
+
+def _mapping(value: Any, where: str, column: str, example: str) -> dict[str, str]:
+    if isinstance(value, str):
+        pairs = [pair.partition("=") for pair in value.split(";") if pair.strip()]
+        if bad := [name for name, equals, own in pairs if not (equals and name.strip() and own.strip())]:
+            raise UserError(f"{where}, {column}: found '{bad[0]}' in '{value}', expected pairs such as {example}")
+        if len({name.strip() for name, _, _ in pairs}) < len(pairs):
+            raise UserError(f"{where}, {column}: a name occurs twice in '{value}', expected pairs such as {example}")
+        return {name.strip(): own.strip() for name, _, own in pairs}
+    if not isinstance(value, dict):
+        raise UserError(f"{where}, {column}: found {value!r}, expected a mapping or text such as {example}")
+    return {str(name): "+".join(own) if isinstance(own, list) else _text(own, where, column) for name, own in value.items()}
+
+
+def _kind_spec(value: Any, where: str) -> Spec | None:
+    try:
+        return None if value is None else Spec.model_validate(value)
+    except ValidationError as error:
+        raise UserError(first_problem(error, f"{where}, kind", Spec.model_fields)) from None
+
+
+def _weight(value: Any, where: str) -> float | None:
+    if value is None:
+        return None
+    try:
+        weight = float(_text(value, where, "weight"))
+    except ValueError:
+        weight = math.nan
+    if not (weight >= 0 and math.isfinite(weight)):
+        raise UserError(f"{where}, weight: found '{value}', expected a number >= 0")
+    return weight
+
+
+def _default_name(files: dict[str, list[str]], hub_config: str | None, where: str) -> str:
+    paths = [path for group in files.values() for path in group]
+    if len(paths) == 1 and not _is_glob(paths[0]):
+        path = urlparse(paths[0]).path if "://" in paths[0] else paths[0]
+        if format_of(path):
+            return _without_suffixes(Path(path).name)
+        if "://" not in paths[0]:
+            name = path if _HUB_ID.fullmatch(path) else Path(path).name
+            return f"{name}/{hub_config}" if hub_config else name
+    raise UserError(f"{where}: no name, expected one where column data is not a single file or hub id")
+
+
+def _without_suffixes(name: str) -> str:
+    """`a/b.c.csv.gz` is `a/b.c`."""
+    while "." in Path(name).name and format_of(name):
+        name = name.rpartition(".")[0]
+    return name
+
+
+def discover(config: DataConfig, folders: Sequence[Path]) -> list[TaskSource]:
+    """A task for each file of the folder or glob `data.path`, named by its path below the folder (or a glob's fixed
+    beginning), without endings."""
+    path = str(config.path)
+    if config.label is None:
+        raise UserError("data.label is missing: name the label column, or give each task's in a task table (data.table)")
+    if config.name or config.source_split:
+        raise UserError("data.name and data.source_split are for hub data sets, but data.path names files; leave them out")
+    base, files = _existing(path, folders, "data.path"), []
+    if base.is_dir():
+        files = _data_files(base)
+    elif _is_glob(path):
+        pattern, base = base, Path(*base.parts[: next(i for i, part in enumerate(base.parts) if _is_glob(part))])
+        files = sorted(file for file in glob(str(pattern), recursive=True) if os.path.isfile(file))
+    if not files:
+        raise UserError(f"data.path {path}: no data files there, expected a folder or glob in which each file is a task")
+    sources: dict[str, TaskSource] = {}
+    for file in files:
+        name = _without_suffixes(os.path.relpath(file, base).replace(os.sep, "/"))
+        if name in sources:
+            raise UserError(
+                f"data.path: {file} and {sources[name].first_file} would both be task '{name}'; rename one, or use a task table"
+            )
+        sources[name] = TaskSource(name, {"": [file]}, config.label)
+    return list(sources.values())
+
+
+def _existing(path: str, folders: Sequence[Path], key: str) -> Path:
+    """Where a file, a folder or matches of a glob are."""
+    full = next((full for folder in folders if (full := folder / Path(path).expanduser()).exists()), None)
+    if full is None and _is_glob(path):
+        full = next((full for folder in folders if glob(str(full := folder / Path(path).expanduser()), recursive=True)), None)
+    if full is None:
+        raise UserError(
+            f"{key} {path}: no such file or folder (looked in {', '.join(map(str, folders))}); "
+            "set data.root or MTRAIN_DATA to the folder of the data"
+        )
+    return full
+
+
+def _is_glob(path: str) -> bool:
+    return any(c in path for c in "*?[")
+
+
+def _data_files(folder: Path) -> list[str]:
+    """All files below a folder whose ending says csv, json, parquet or arrow; hidden ones are none."""
+    found = []
+    for parent, names, files in os.walk(folder, followlinks=True):
+        names[:] = [name for name in names if not name.startswith(".")]
+        found += [os.path.join(parent, file) for file in files if not file.startswith(".") and format_of(file)]
+    return sorted(found)
+
+
+# From paths to files.
+
+
+def _resolve_all(sources: list[TaskSource], faults: _Faults, config: DataConfig, folders: Sequence[Path]) -> None:
+    """Replace paths by files; hub data sets, which wait for an answer, several at a time."""
+
+    def attempt(source: TaskSource) -> TaskSource | UserError:
+        try:
+            return _resolve(source, config, folders)
+        except UserError as error:
+            return error
+
+    datasets.utils.tqdm.get_lock()  # created once here, else each thread creates and deletes it
+    with quiet(), ThreadPoolExecutor(8) as pool:
+        for t, found in enumerate(pool.map(attempt, sources)):
+            if isinstance(found, _NeedsScript):
+                faults.add_script(t, str(found))
+            elif isinstance(found, UserError):
+                faults.add(t, str(found))
+            else:
+                sources[t] = found
+
+
+def _resolve(source: TaskSource, config: DataConfig, folders: Sequence[Path]) -> TaskSource:
+    asks_hub = bool(source.config or source.split)
+    if set(source.files) == {""} and len(source.files[""]) == 1 and "://" not in (path := source.files[""][0]):
+        found = _find(path, folders)
+        is_folder = len(found) == 1 and os.path.isdir(found[0])
+        if is_folder and (asks_hub or _is_hub_folder(Path(found[0]))):
+            return _from_hub(source, found[0], config)
+        if not found and (asks_hub or (_HUB_ID.fullmatch(path) and not format_of(path) and not path.startswith("."))):
+            return _from_hub(source, path, config)
+    if asks_hub:
+        raise UserError("config and split are for hub data sets, but data names files; leave them out")
+    files: dict[str, list[str]] = {}
+    for split, paths in source.files.items():
+        files[split] = []
+        for path in paths:
+            found = [path] if "://" in path else _find(path, folders)
+            if len(found) == 1 and os.path.isdir(found[0]):
+                found = _data_files(Path(found[0]))
+            if not found:
+                raise UserError(f"{path}: no such file (looked in {', '.join(map(str, folders))})")
+            files[split] += found
+    return replace(source, files=files, form=_form(source, files, config))
+
+
+def _find(path: str, folders: Sequence[Path]) -> list[str]:
+    """The file, the folder, or the files of a glob; none."""
+    for folder in folders:
+        full = folder / Path(path).expanduser()
+        if full.exists():
+            return [str(full)]
+        if _is_glob(path) and (found := sorted(f for f in glob(str(full), recursive=True) if os.path.isfile(f))):
+            return found
+    return []
+
+
+def _form(source: TaskSource, files: dict[str, list[str]], config: DataConfig) -> str:
+    if form := source.form or config.format:
+        return form
+    forms = {format_of(urlparse(f).path if "://" in f else f): f for group in files.values() for f in group}
+    if None in forms:
+        raise UserError(f"{forms[None]}: unknown file type; set format to csv, json, parquet or arrow")
+    if len(forms) > 1:
+        raise UserError(f"{' and '.join(forms.values())} are of different types, expected one type in a task")
+    return str(next(iter(forms)))
+
+
+def _is_hub_folder(folder: Path) -> bool:
+    """A data set as the hub has them: with a card that begins with YAML, or with a script."""
+    card = folder / "README.md"
+    if (folder / f"{folder.name}.py").is_file():
+        return True
+    return card.is_file() and card.open("rb").read(3) == b"---"
+
+
+def _from_hub(source: TaskSource, path: str, config: DataConfig) -> TaskSource:
+    """The files of a hub data set (or of a local folder that is one)."""
+    try:
+        form, found = hub_files(path, source.config or config.name)
+    except UserError as error:
+        if "scripts are no longer supported" in str(error.__cause__):
+            raise _NeedsScript(f"{path}: needs a loading script, which datasets no longer runs") from error
+        raise
+    asked = source.split or ({"": config.source_split} if config.source_split else {})
+    if not asked:
+        asked = {split: split for split in found} if len(found) > 1 else {"": next(iter(found))}
+    files = {}
+    for part, splits in asked.items():
+        names = [name.strip() for name in splits.split("+")]
+        if unknown := [name for name in names if name not in found]:
+            raise UserError(f"{path}: no split '{unknown[0]}'{nearest(unknown[0], found)}")
+        files[part] = [file for name in names for file in found[name]]
+    return replace(source, files=files, form=form)
+
+
+# From files to tables.
+
+
+def _open_all(sources: list[TaskSource], faults: _Faults, config: DataConfig, streaming: bool) -> dict[int, dict[str, Table]]:
+    """Each usable task's tables by split; files that several tasks name are opened once."""
+    kept = faults.left()
+    groups: dict[str, dict[tuple[str, ...], Table | ReadError | None]] = {}
+    for t in kept:
+        for files in sources[t].files.values():
+            groups.setdefault(str(sources[t].form), {})[tuple(files)] = None
+    for form, group in groups.items():
+        wanted = [list(files) for files in group]
+        opened = (
+            open_many(wanted, form, config.chunk_rows, config.retries)
+            if streaming
+            else open_mapped(wanted, form, config.chunk_rows)
+        )
+        group.update(zip(group, opened, strict=True))
+    tables: dict[int, dict[str, Table]] = {}
+    for t in kept:
+        source, own = sources[t], {}
+        for split, files in source.files.items():
+            table = groups[str(source.form)][tuple(files)]
+            assert table is not None
+            if isinstance(table, ReadError):
+                faults.add(t, str(table))
+                break
+            if problem := _lacks(source, files[0], table):
+                faults.add(t, problem)
+                break
+            own[split] = table
+        else:
+            tables[t] = own
+    return tables
+
+
+def _lacks(source: TaskSource, file: str, table: Table) -> str | None:
+    """What is wrong with the columns that the task itself names."""
+    names = set(table.column_names)
+    if source.label not in names:
+        return f"{file}: no label column '{source.label}'{nearest(source.label, table.column_names)}"
+    missing = next(((common, own) for common, own in source.rename.items() if own not in names), None)
+    if missing:
+        return f"{file}: no column '{missing[1]}' for input '{missing[0]}'{nearest(missing[1], table.column_names)}"
+    return None
+
+
+def _common_columns(
+    sources: list[TaskSource], faults: _Faults, tables: dict[int, dict[str, Table]], config: Config
+) -> tuple[list[str], list[str]]:
+    """Columns of all tasks, and notes; tasks that lack one which is needed are faults.
+
+    Needed are columns that the config names, and those that nearly all of the other tasks have and that match a pattern
+    of `inputs` (all, if there are no patterns).
+    """
+    memo: dict[Any, dict[str, None]] = {}  # most tasks have the same columns
+    columns: dict[int, dict[str, None]] = {}
+    for t, own in tables.items():
+        if t not in faults.reasons:
+            names_of = [tuple(table.column_names) for table in own.values()]
+            key = (sources[t].label, *sources[t].rename.items(), *names_of)
+            if key not in memo:
+                memo[key] = _columns(sources[t], names_of)
+            columns[t] = memo[key]
+    count = Counter(name for own in columns.values() for name in own)
+    labels = {sources[t].label for t in columns if sources[t].label not in sources[t].rename}
+    named = [*config.inputs, config.data.key, config.data.weight, config.split.column]
+    exact = [name for name in named if name is not None and name in count]
+    matching = [name for name in count if not config.inputs or any(matches(name, pattern) for pattern in config.inputs)]
+    free = [name for name in matching if name not in labels]
+    others = len(columns) - 1
+    expected = [name for name in free if others > 1 and count[name] >= _EXPECTED_SHARE * others]
+    needed = set(exact).union(expected)
+    for t, names in columns.items():
+        lacking = [name for name in dict.fromkeys([*exact, *expected]) if name not in names] if needed - names.keys() else []
+        if lacking:
+            name, source = lacking[0], sources[t]
+            if name == source.label:
+                problem = f"{source.first_file}: column '{name}' holds the labels, but is an input of other tasks"
+            else:
+                by = "the config names" if name in exact else f"{count[name]} of the {others} other tasks have"
+                free_names = [other for other in names if other not in needed]
+                problem = f"{source.first_file}: no column '{name}', which {by}{nearest(name, free_names)}"
+            faults.add(t, problem)
+
+    kept = faults.left()
+    different = {id(columns[t]): columns[t] for t in kept}.values()
+    in_all = [name for name in columns[kept[0]] if all(name in own for own in different)]
+    notes = []
+    if partial := [name for name in free if name not in in_all]:
+        notes.append(f"{len(partial)} columns are not in all tasks and cannot be inputs: {some(partial)}")
+    if also := [name for name in matching if name in labels]:
+        notes.append(f"{len(also)} columns are the label of a task and cannot be inputs of others: {some(also)}")
+    if not (usable := [name for name in in_all if name not in labels]):
+        t = kept[0]
+        other = next((u for u in kept if not columns[t].keys() & columns[u].keys()), kept[-1])
+        raise UserError(
+            f"the {len(kept)} tasks have no input column in common: '{sources[t].name}' has {some(list(columns[t]), 3)}, "
+            f"'{sources[other].name}' has {some(list(columns[other]), 3)}; name them alike in data.table's inputs"
+        )
+    return usable, notes
+
+
+def _columns(source: TaskSource, names: Sequence[Sequence[str]]) -> dict[str, None]:
+    """Common names of the columns that all tables of a task have, without its label."""
+    common_of = {own: common for common, own in source.rename.items()}
+    everywhere = set(names[0]).intersection(*names[1:]) - {source.label}
+    own = [c for c in names[0] if c in everywhere]
+    return dict.fromkeys(common_of.get(c, c) for c in own if c in common_of or c not in source.rename)
