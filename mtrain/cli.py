@@ -58,6 +58,7 @@ def _run(argv: list[str]) -> None:
     partition = command("partition", "Rewrite a table as a file for each task, for layout files.", epilog=overrides)
     partition.add_argument("config", type=Path, help="YAML file")
     partition.add_argument("-o", "--output", type=Path, required=True, help="folder")
+    partition.add_argument("--rows", type=int, default=1024, help="rows of a row group of the files [1024]")
     bench = command("bench", "Measure, and write the figures as JSON.")
     bench.add_argument("name", choices=["heads", "step", "stream"])
     bench.add_argument("--json", type=Path, help="file for the figures")
@@ -85,7 +86,7 @@ def _run(argv: list[str]) -> None:
         if arguments.command == "partition":
             from mtrain.data.partition import partition as rewrite
 
-            rewrite(config, beside, arguments.output, console)
+            rewrite(config, beside, arguments.output, console, arguments.rows)
             return
         path = Path(config.run_dir or Path("runs") / arguments.config.stem)
         runs.train(config, beside, path, console)

@@ -91,6 +91,7 @@ def train(config: Config, beside: Path, run_path: Path, console: Console) -> dic
         _save_inputs(one, current.prepared)
         with _out_of_memory(config):
             summaries.append(current.run())
+        tables.print_notes(current.prepared.inputs.notes(), console)
     summary = summaries[0] if len(seeds) == 1 else average_summaries(summaries)
     if len(seeds) > 1:
         run.save_averages(summary)
@@ -259,7 +260,7 @@ def _located(data: DataConfig, beside: Path) -> DataConfig:
 
     What was found under $MTRAIN_DATA stays without a root: the folder of the data may move.
     """
-    paths = data.path if isinstance(data.path, list | str) else next(iter(data.path.values()))
+    paths = data.table or (data.path if isinstance(data.path, list | str) else next(iter(data.path.values())))
     path = paths if isinstance(paths, str) else paths[0]
     moving = None if data.root else os.environ.get("MTRAIN_DATA")
     for folder in (data.root or moving, ".", beside):

@@ -42,5 +42,5 @@ def test_the_top_level_holds_only_what_it_should():
 
 def test_every_command_of_the_readme_exists():
     help_text = subprocess.run([sys.executable, "-m", "mtrain", "--help"], capture_output=True, text=True).stdout
-    for command in re.findall(r"mtrain (train|tasks|eval|predict|bench)\b", README):
+    for command in re.findall(r"mtrain (train|tasks|eval|predict|partition|bench)\b", README):
         assert command in help_text

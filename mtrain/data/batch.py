@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
@@ -26,6 +27,11 @@ class Grid:
 
     def take(self, row_B: Tensor) -> Grid:
         return Grid(self.y_BT[row_B], None if self.weight_B is None else self.weight_B[row_B])
+
+    def split(self, sizes: Sequence[int]) -> list[Grid]:
+        """Consecutive pieces of so many rows."""
+        weights = [None] * len(sizes) if self.weight_B is None else self.weight_B.split(list(sizes))
+        return [Grid(y_BT, weight_B) for y_BT, weight_B in zip(self.y_BT.split(list(sizes)), weights, strict=True)]
 
     def pairs(self) -> Pairs:
         """The labels that are there, one entry each."""
@@ -82,6 +88,24 @@ class Pairs:
             None if self.weight_P is None else self.weight_P[at_P],
         )
 
+    def split(self, sizes: Sequence[int]) -> list[Pairs]:
+        """Consecutive pieces of so many rows."""
+        pieces = []
+        ends = np.cumsum(sizes).tolist()
+        for start, end in zip([0, *ends], ends, strict=False):
+            first, last = int(self.start_R[start]), int(self.start_R[end])
+            pieces.append(
+                Pairs(
+                    self.row_P[first:last] - start,
+                    self.task_P[first:last],
+                    self.y_P[first:last],
+                    self.start_R[start : end + 1] - first,
+                    self.num_tasks,
+                    None if self.weight_P is None else self.weight_P[first:last],
+                )
+            )
+        return pieces
+
     def pairs(self) -> Pairs:
         return self
 
@@ -114,8 +138,12 @@ class Batch:
         """Consecutive pieces of at most `size` rows."""
         if len(self.row_B) <= size:
             return [self]
-        pieces = torch.arange(len(self.row_B)).split(size)
-        return [Batch(self.x_BF[at], self.row_B[at], self.labels.take(at)) for at in pieces]
+        return self.split([len(piece) for piece in self.row_B.split(size)])
+
+    def split(self, sizes: Sequence[int]) -> list[Batch]:
+        """Consecutive pieces of so many rows."""
+        x, row = self.x_BF.split(list(sizes)), self.row_B.split(list(sizes))
+        return [Batch(*piece) for piece in zip(x, row, self.labels.split(sizes), strict=True)]
 
     def to(self, device: torch.device) -> Batch:
         return _to(self, device)

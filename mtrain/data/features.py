@@ -195,7 +195,7 @@ class Numeric(Feature):
 
     def transform(self, values: np.ndarray) -> np.ndarray:
         self._check_width(values)
-        x = self._filled(self._logged(values)[:, self.state["keep"]])
+        x = self._filled(self._logged(values).take(self.state["keep"], axis=1))
         if self.standardize:
             x -= self.state["mean"]
             x /= self.state["std"]

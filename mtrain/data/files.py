@@ -135,7 +135,7 @@ def open_tasks(config: Config, beside: Path | None = None) -> TaskFiles:
     """Open the data sets of all selected tasks.
 
     Args:
-        beside: folder of the config file, see `open_table`; paths of a task table are also tried beside it.
+        beside: folder of the config file, see `open_table`; paths of a task table are first tried beside it.
 
     Raises:
         UserError: the task table is wrong, no task is left, or, unless `data.on_error` is skip_task, a task's data cannot
@@ -146,7 +146,7 @@ def open_tasks(config: Config, beside: Path | None = None) -> TaskFiles:
     if data.table is not None:
         path = _existing(data.table, folders, "data.table")
         sources = read_task_table(path, data)
-        folders.append(path.parent)
+        folders.insert(0, path.parent)
     else:
         sources = discover(data, folders)
     selected = set(select([source.name for source in sources], config.tasks.labels, "tasks.labels"))

@@ -132,19 +132,20 @@ class ChunkedInputs:
         chunk_B, local_B = self.chunk_N[row_B][order], self.row_N[row_B][order]
         local_B = local_B - self.table.start_C[chunk_B]
         edges = np.flatnonzero(np.diff(chunk_B, prepend=-1, append=-1))
-        x_BF = np.empty((len(row_B), self.width), dtype=np.float32)
+        found_BF, x_BF = np.empty((2, len(row_B), self.width), dtype=np.float32)
         ok_B = np.ones(len(row_B), dtype=bool)
         with self._lock:
             self._time += 1
         chunks = chunk_B[edges[:-1]].tolist()
         for i, rows in enumerate(self._chunks(chunks)):
-            at, local = order[edges[i] : edges[i + 1]], local_B[edges[i] : edges[i + 1]]
+            here, local = slice(edges[i], edges[i + 1]), local_B[edges[i] : edges[i + 1]]
             if rows is None:
-                x_BF[at], ok_B[at] = 0.0, False
+                ok_B[order[here]] = False
                 continue
-            x_BF[at] = rows.x[local]
+            np.take(rows.x, local, axis=0, out=found_BF[here], mode="clip")  # other modes copy once more
             if rows.valid is not None:
-                ok_B[at] = rows.valid[local]
+                ok_B[order[here]] = rows.valid[local]
+        x_BF[order] = found_BF
         return torch.from_numpy(x_BF), None if ok_B.all() else ok_B
 
     def failed(self) -> list[int]:
@@ -194,7 +195,7 @@ class ChunkedInputs:
     def put(self, chunk: int, encoded: Sequence[Encoded]) -> _Rows:
         """Transform the encoded rows of a chunk, and keep them if there is room."""
         blocks = [item.feature.transform(one.values) for item, one in zip(self.features, encoded, strict=True)]
-        x = blocks[0] if len(blocks) == 1 else np.concatenate(blocks, axis=1, dtype=np.float32)
+        x = np.ascontiguousarray(blocks[0] if len(blocks) == 1 else np.concatenate(blocks, axis=1), dtype=np.float32)
         valid = np.logical_and.reduce([one.valid for one in encoded])
         rows = _Rows(x, None if valid.all() else valid)
         with self._lock:

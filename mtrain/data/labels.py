@@ -124,7 +124,7 @@ def read_long(data: Table, task: str, label: str, config: TasksConfig, missing: 
     require(data.column_names, task, "data.task")
     require(data.column_names, label, "data.label")
     table = data.read([task, label])
-    task_N, distinct = encode_categories(_task_names(table[task], task))
+    task_N, distinct = encode_categories(task_names(table[task], task))
     if len(unnamed := np.flatnonzero((task_N < 0) | np.isin(task_N, distinct.index("").as_py()))):
         raise UserError(f"column '{task}', row {unnamed[0] + 1}: found no task name, expected one in each row")
     all_names = distinct.to_pylist()
@@ -266,7 +266,7 @@ def _joined(columns: list[pa.ChunkedArray], source: TaskSource) -> pa.ChunkedArr
     return pa.chunked_array([chunk for column in columns for chunk in column.chunks], columns[0].type)
 
 
-def _task_names(column: pa.ChunkedArray, name: str) -> pa.ChunkedArray:
+def task_names(column: pa.ChunkedArray, name: str) -> pa.ChunkedArray:
     if pa.types.is_floating(column.type):  # integers with missing values often come as floats
         column = pc.if_else(pc.is_nan(column), pa.scalar(None, column.type), column)
         if pc.all(pc.equal(pc.trunc(column), column)).as_py():

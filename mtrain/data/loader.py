@@ -365,14 +365,11 @@ class Loader:
             ok_P &= step_P < from_S[stream_P]
             dropped |= {self.streams.names[s]: int(from_S[s]) for s in np.unique(stream_P[failed]).tolist()}
             rows = [at_P[(step_P == k) & ok_P] for k in range(step, step + len(rows))]
-            x_PF = x_PF[torch.from_numpy(ok_P)]
-        batches = []
-        for x_BF, at_B in zip(x_PF.split([len(at_B) for at_B in rows]), rows, strict=True):
-            at = torch.from_numpy(at_B)
-            if self.device is not None and self.device.type == "cuda":
-                x_BF = x_BF.pin_memory().to(self.device, non_blocking=True)
-            batches.append(Batch(x_BF, self.part.row_R[at], self.part.labels.take(at)))
-        return batches
+            at_P, x_PF = at_P[ok_P], x_PF[torch.from_numpy(ok_P)]
+        if self.device is not None and self.device.type == "cuda":
+            x_PF = x_PF.pin_memory().to(self.device, non_blocking=True)
+        at = torch.from_numpy(at_P)
+        return Batch(x_PF, self.part.row_R[at], self.part.labels.take(at)).split([len(at_B) for at_B in rows])
 
     def _state_of_sampler(self) -> dict[str, Any]:
         return self.sampler.state_dict() if hasattr(self.sampler, "state_dict") else {}

@@ -32,8 +32,8 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 
 from mtrain.config import Config
 from mtrain.data.features import encode_categories, is_number, is_text
-from mtrain.data.labels import Patterns, _task_names, select
-from mtrain.data.prepare import UNNAMED, _label_columns, _match_inputs
+from mtrain.data.labels import Patterns, task_names, select
+from mtrain.data.prepare import UNNAMED, label_columns_of, match_inputs
 from mtrain.data.sources import local_files, open_stream, reason, require, search_folders
 from mtrain.data.splits import SOURCE
 from mtrain.data.tables import Table
@@ -148,7 +148,7 @@ def _kept(config: Config, columns: list[str], labels: set[str | None]) -> list[s
     data = config.data
     kept = {data.key, data.weight, config.split.column, SOURCE}
     if config.inputs:
-        kept |= {name for names, _ in _match_inputs(config, columns) for name in names}
+        kept |= {name for names, _ in match_inputs(config, columns) for name in names}
     else:
         kept |= {name for name in columns if name not in labels | {data.task} and not name.startswith(UNNAMED)}
     return [name for name in columns if name in kept]
@@ -197,7 +197,7 @@ class _Long:
         found: dict[str, None] = {}
         for chunk in range(len(self.table.key_C)):
             column = self.table.read_chunk(chunk, [self.task])[self.task]
-            found |= dict.fromkeys(_task_names(pc.unique(_plain(column)), self.task).drop_null().to_pylist())
+            found |= dict.fromkeys(task_names(pc.unique(_plain(column)), self.task).drop_null().to_pylist())
         return list(found)
 
     def pieces(self, start: int, memory: float) -> Iterator[tuple[int, pa.Table]]:
@@ -212,7 +212,7 @@ class _Long:
                     f"data.task: column '{self.task}' has text in one file and numbers in another, expected one type"
                 )
             self._kind = kind
-        value_N, distinct = encode_categories(_task_names(column, self.task))
+        value_N, distinct = encode_categories(task_names(column, self.task))
         texts = distinct.to_pylist()
         unnamed = np.array([not text.strip() for text in texts] + [True])  # [-1] is null
         if len(bad := np.flatnonzero(unnamed[value_N])):
@@ -243,9 +243,9 @@ class _Grid:
         names, data = table.column_names, config.data
         _check_columns(config, names)
         reserved = {data.key, data.weight, config.split.column, SOURCE}
-        inputs = {name for group, _ in _match_inputs(config, names) for name in group}
+        inputs = {name for group, _ in match_inputs(config, names) for name in group}
         self.table, self.missing = table, data.missing_labels
-        self.names = _label_columns(config, names, reserved.union(inputs))
+        self.names = label_columns_of(config, names, reserved.union(inputs))
         if not self.names:
             raise UserError("tasks.labels: no label column is left; name columns that are not inputs, key or weight")
         if "" in (name.strip() for name in self.names):

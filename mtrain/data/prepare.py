@@ -130,14 +130,14 @@ def read_source(config: Config, beside: Path | None = None) -> Source:
             require(columns, column, f"data.{name}")
     if config.split.column is not None:
         require(columns, config.split.column, "split.column")
-    input_columns = _match_inputs(config, columns)
+    input_columns = match_inputs(config, columns)
     of_data = config.data
     reserved: set[str | None] = {of_data.key, of_data.task, of_data.label, of_data.weight, config.split.column, SOURCE}
 
     missing = of_data.missing_labels
     label_columns: list[str] = []
     if of_data.layout == "grid":
-        label_columns = _label_columns(config, columns, reserved.union(*(group[0] for group in input_columns)))
+        label_columns = label_columns_of(config, columns, reserved.union(*(group[0] for group in input_columns)))
         labels = read_grid(table, label_columns, config.tasks, missing)
     else:
         if any(of_data.label in group[0] for group in input_columns):
@@ -184,7 +184,7 @@ def read_source(config: Config, beside: Path | None = None) -> Source:
     return source if chunked else _without_invalid(source)
 
 
-def _label_columns(config: Config, columns: list[str], used: set[str | None]) -> list[str]:
+def label_columns_of(config: Config, columns: list[str], used: set[str | None]) -> list[str]:
     """grid: the columns that hold labels."""
     chosen = config.tasks.labels
     if chosen.include == ["*"] and not config.inputs:
@@ -381,7 +381,7 @@ def _ragged(rows: Sequence[NDArray[np.float64]]) -> NDArray[Any]:
     return out
 
 
-def _match_inputs(config: Config, columns: list[str]) -> list[tuple[list[str], Spec]]:
+def match_inputs(config: Config, columns: list[str]) -> list[tuple[list[str], Spec]]:
     matched = []
     for pattern, specs in config.inputs.items():
         names = [c for c in columns if matches(c, pattern)]
