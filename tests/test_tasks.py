@@ -5,7 +5,7 @@ import yaml
 
 from mtrain.cli import main
 from mtrain.config import TargetsConfig
-from mtrain.data.prepare import with_statistics
+from mtrain.data.statistics import with_statistics
 from mtrain.errors import UserError
 from mtrain.model.kinds import Binary, Multiclass, Poisson, Quantile, Regression
 from mtrain.tasks import Task, TaskTable

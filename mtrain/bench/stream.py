@@ -121,7 +121,10 @@ def run(json_path: Path | None = None) -> list[dict[str, Any]]:
     with tempfile.TemporaryDirectory() as folder:
         paths = write_tasks(Path(folder))
         config = make_config(Path(folder))
-        first_batch_s, cold, warm, pyarrow = [], [], [], []
+        first_batch_s: list[float] = []
+        cold: list[float] = []
+        warm: list[float] = []
+        pyarrow: list[float] = []
         for _ in range(ROUNDS):
             began = time.perf_counter()
             data = prepare(read_source(config), 0)

@@ -142,8 +142,9 @@ class Batch:
 
     def split(self, sizes: Sequence[int]) -> list[Batch]:
         """Consecutive pieces of so many rows."""
+        labels: Sequence[Labels] = self.labels.split(sizes)
         x, row = self.x_BF.split(list(sizes)), self.row_B.split(list(sizes))
-        return [Batch(*piece) for piece in zip(x, row, self.labels.split(sizes), strict=True)]
+        return [Batch(*piece) for piece in zip(x, row, labels, strict=True)]
 
     def to(self, device: torch.device) -> Batch:
         return _to(self, device)

@@ -258,8 +258,8 @@ def fitting_sample(
     end_C = np.cumsum(np.bincount(chunk_N, minlength=len(table.key_C)))
     first_C = np.concatenate([[0], end_C[:-1]])
     chosen = np.random.default_rng([seed, 1]).permutation(np.flatnonzero(end_C > first_C)).tolist()
-    found: list[list[NDArray]] = [[] for _ in features]
     read: dict[int, list[Encoded]] = {}
+    local: dict[int, NDArray[np.int64]] = {}
     num_rows, num_bytes = 0, 0
     with ThreadPoolExecutor(READERS) as pool:
         ahead = deque[Future[list[Encoded]]]()
@@ -274,12 +274,11 @@ def fitting_sample(
                 if not skip_failed:
                     raise
                 continue
-            local = local_N[order[first_C[chunk] : end_C[chunk]]]
-            local = local[np.logical_and.reduce([one.valid for one in encoded])[local]]
-            for values, one in zip(found, encoded, strict=True):
-                values.append(one.values[local])
-                num_bytes += values[-1].nbytes
-            num_rows += len(local)
+            own = local_N[order[first_C[chunk] : end_C[chunk]]]
+            local[chunk] = own[np.logical_and.reduce([one.valid for one in encoded])[own]]
+            num_rows += len(local[chunk])
+            num_bytes += sum(one.values.nbytes for one in encoded)
     if not num_rows:
         raise UserError("inputs: no training row can be read or used, so nothing can be fitted; mend the data")
-    return [np.concatenate(values) for values in found], read
+    rows = [np.concatenate([read[c][i].values[local[c]] for c in sorted(read)]) for i in range(len(features))]
+    return rows, read

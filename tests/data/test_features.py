@@ -307,7 +307,8 @@ def test_a_cached_feature_is_computed_once_for_each_distinct_value(tmp_path, num
     first = calls(log)
     assert sum(int(rows) for _, rows in first) == len(set(texts))
     assert len({pid for pid, _ in first}) == num_proc
-    again = encode_column(ds.with_format("arrow")[:], ["t"], feature, 3 - num_proc)  # another number of processes reads the same cache
+    # another number of processes reads the same cache
+    again = encode_column(ds.with_format("arrow")[:], ["t"], feature, 3 - num_proc)
     np.testing.assert_array_equal(again.values, encoded.values)
     assert calls(log) == first
     other = Slow(str(log), 3.0)

@@ -9,14 +9,15 @@ from scipy.optimize import minimize
 from mtrain.config import TargetsConfig, check_config
 from mtrain.data.batch import Grid, Pairs
 from mtrain.data.features import Encoded, Feature
-from mtrain.data.prepare import prepare, read_source, with_statistics
+from mtrain.data.prepare import prepare, read_source
+from mtrain.data.statistics import with_statistics
 from mtrain.errors import UserError
 from mtrain.model.kinds import Binary, Kind, Multiclass, Poisson, Quantile, Regression
 from mtrain.tasks import Task, TaskTable
 
 
 def prepared(tmp_path, frame, tree, seed=0):
-    frame.to_parquet(tmp_path / "t.parquet")
+    frame.to_parquet(tmp_path / "t.parquet", row_group_size=tree["data"].get("chunk_rows"))
     tree = {**tree, "data": {"path": str(tmp_path / "t.parquet"), "workers": 1, **tree["data"]}}
     source = read_source(check_config(tree, "test"), Path("."))
     return source, prepare(source, seed)
@@ -157,6 +158,74 @@ def test_a_grid_and_the_same_table_as_pairs_give_the_same_tensors(tmp_path):
         assert isinstance(pairs.parts[part].labels, Grid)
         torch.testing.assert_close(pairs.parts[part].labels.y_BT[:, order], grid.parts[part].labels.y_BT, equal_nan=True)
     torch.testing.assert_close(pairs.inputs.x_NF, grid.inputs.x_NF)
+
+
+@pytest.mark.parametrize("streaming", [True, False])
+@pytest.mark.parametrize("base", [GRID, PAIRS], ids=["grid", "pairs"])
+def test_inputs_by_the_chunk_are_those_in_memory(tmp_path, base, streaming):
+    frame = grid_frame() if base is GRID else pairs_frame()
+    frame.iloc[3, frame.columns.get_loc("x1")] = np.nan if base is GRID else frame.x1[3]
+    frame["c"] = np.random.default_rng(0).choice(["a", "b", "c"], len(frame)) if base is GRID else frame.id.str[-1]
+    tree = base | {"inputs": {"x*": "Numeric", "c": "Categorical"}}
+    _, memory = prepared(tmp_path, frame, tree)
+    by_chunk = {"streaming": streaming, "chunk_rows": 7, "memory_gb": 1e-6}
+    if not streaming:  # too large for the memory that is allowed
+        frame = pd.concat([frame] * (20_000 // len(frame) + 1), ignore_index=True)
+        frame["id"] = [f"k{i}" for i in range(len(frame))]
+        tree = tree | {"tasks": {"labels": "y*"}} if base is GRID else tree
+        _, memory = prepared(tmp_path, frame, tree)
+        by_chunk["chunk_rows"] = 997
+    source, chunked = prepared(tmp_path, frame, tree | {"data": tree["data"] | by_chunk})
+    assert source.chunked
+    assert not chunked.inputs.in_memory
+    assert chunked.split_hash == memory.split_hash
+    every = np.random.default_rng(0).permutation(source.num_inputs)
+    x_NF, ok = chunked.inputs.gather(every)
+    assert ok is None
+    torch.testing.assert_close(x_NF, memory.inputs.x_NF[every], rtol=1e-6, atol=1e-6)
+    for name in memory.parts:
+        assert_same_entries(entries(chunked.parts[name], chunked.tasks), entries(memory.parts[name], memory.tasks))
+
+
+def test_features_are_fitted_on_some_chunks_where_there_are_many(tmp_path):
+    frame = grid_frame(rows=1000)
+    few = {"data": {"layout": "grid", "streaming": True, "chunk_rows": 10, "fit_rows": 100}}
+    frame["part"] = np.where(np.arange(len(frame)) % 2, "test", "train")
+    frame.loc[frame.part == "test", "x1"] = 1e6  # never looked at
+    split = {"by": "column", "column": "part", "parts": {"train": "train", "test": "test"}}
+    _, data = prepared(tmp_path, frame, GRID | few | {"split": split, "tasks": {"labels": "y*"}})
+    assert any("inputs are fitted on 100 of 500 training rows" in note for note in data.notes)
+    train, _ = data.inputs.gather(data.parts["train"].row_R.numpy())
+    assert abs(train.mean()) < 0.3
+    assert 0.7 < train.std() < 1.3
+
+
+def test_rows_that_cannot_be_used_are_left_out_of_batches_by_the_chunk(tmp_path):
+    frame = grid_frame()
+    frame["x1"] = frame["x1"].abs() + 0.1
+    frame.loc[[5, 50, 77], "x1"] = -1.0
+    tree = {"data": {"layout": "grid", "streaming": True, "chunk_rows": 10}, "inputs": {"x1": "test_prepare.Positive"}}
+    tree |= {"tasks": {"labels": "y*"}}
+    _, data = prepared(tmp_path, frame, tree)
+    seen = [row for part in data.parts.values() for batch, _ in part.batches(data.inputs, 32) for row in batch.row_B.tolist()]
+    with_label = np.flatnonzero(frame.filter(like="y").notna().any(axis=1))
+    assert sorted(seen) == sorted(set(with_label.tolist()) - {5, 50, 77})
+    assert data.inputs.notes() == ["3 inputs cannot be used: their rows are left out"]
+    with pytest.raises(UserError, match=r"[123] of 200 cannot be used, more than data.max_invalid"):
+        prepared(tmp_path, frame, tree | {"data": tree["data"] | {"max_invalid": 0.0}})
+
+
+@pytest.mark.parametrize("base", [GRID, PAIRS], ids=["grid", "pairs"])
+def test_parts_that_are_scored_can_be_bounded_for_each_task(tmp_path, base):
+    frame = grid_frame(missing=0.3) if base is GRID else pairs_frame(share=0.9)
+    tree = base | {"split": {"parts": {"train": 0.5, "valid": 0.25, "test": 0.25}}}
+    _, whole = prepared(tmp_path, frame, tree)
+    _, some = prepared(tmp_path, frame, tree | {"split": tree["split"] | {"eval_rows": 7}})
+    assert entries(some.parts["train"], some.tasks) == entries(whole.parts["train"], whole.tasks)
+    for name in ("valid", "test"):
+        kept, every = entries(some.parts[name], some.tasks), entries(whole.parts[name], whole.tasks)
+        assert kept.items() <= every.items()
+        assert some.parts[name].labels.count_T().tolist() == whole.parts[name].labels.count_T().clamp(max=7).tolist()
 
 
 def test_a_repeated_measurement_is_kept_and_said(tmp_path):

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from mtrain.config import HeadConfig, ObjectiveConfig, TargetsConfig, TrainConfig, check_config
 from mtrain.data.batch import Batch, Pairs
-from mtrain.data.prepare import with_statistics
+from mtrain.data.statistics import with_statistics
 from mtrain.model.heads import HeadBank
 from mtrain.model.kinds import Binary, Multiclass, Poisson, Quantile, Regression
 from mtrain.tasks import Task, TaskTable
