@@ -168,12 +168,13 @@ def test_a_damaged_task_stops_the_run_with_its_name_or_is_left_out_and_counted(d
     assert line.count("\n") == 1
     assert "task 7" in line
     assert not Path("run").exists()
-    out = run(capsys, "train", "c.yaml", "--run_dir", "run", "--data.on_error", "skip_task")
-    assert "task 7" in out
-    trained = pq.read_table("run/per_task.parquet").to_pylist()
-    assert len([row for row in trained if row["task"] != "task 7" and row["test_skill"] is not None]) == TASKS - 1
-    notes = " ".join(json.loads(Path("run/summary.json").read_text())["notes"])
-    assert "task 7" in notes
+    for streaming in ("true", "false"):
+        words = ("--data.on_error", "skip_task", "--data.streaming", streaming)
+        out = run(capsys, "train", "c.yaml", "--run_dir", f"run {streaming}", *words)
+        assert "task 7" in out
+        trained = pq.read_table(f"run {streaming}/per_task.parquet").to_pylist()
+        assert {row["task"] for row in trained if row["test_labels"]} == {f"task {t}" for t in range(TASKS) if t != 7}
+        assert "task 7" in " ".join(json.loads(Path(f"run {streaming}", "summary.json").read_text())["notes"])
 
 
 @pytest.mark.parametrize("change", ["grew", "shrank"])

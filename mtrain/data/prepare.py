@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -22,7 +22,7 @@ from mtrain.config import Config, SplitConfig
 from mtrain.data import FEATURES
 from mtrain.data.batch import Grid, Pairs
 from mtrain.data.features import Encoded, encode_column, infer_feature
-from mtrain.data.files import open_tasks
+from mtrain.data.files import TaskFiles, open_tasks
 from mtrain.data.inputs import ChunkedInputs, FeatureColumn, Inputs, MemoryInputs, fitting_sample
 from mtrain.data.labels import LabelTable, read_files, read_grid, read_long, select
 from mtrain.data.loader import Part
@@ -72,6 +72,16 @@ class Source:
                 specs.setdefault(name, []).append(item.spec)
         return self.config.inputs or specs
 
+    @contextmanager
+    def named_rows(self, row_N: NDArray[np.int64]) -> Iterator[None]:
+        """Messages of the inner code count rows of the selection `row_N`; say the row of the table, or of the task's file."""
+        try:
+            yield
+        except UserError as error:
+            where = self.table.where if self.config.data.layout == "files" else lambda row: f"row {row + 1}"
+            text = re.sub(r"\brow (\d+)\b(?!')", lambda m: where(int(row_N[(int(m[1]) - 1) % len(row_N)])), str(error))
+            raise UserError(text) from None
+
     @cached_property
     def repeated(self) -> int:
         """Pairs: how many labels have the same input and task as another before them."""
@@ -112,42 +122,31 @@ def read_source(config: Config, beside: Path | None = None) -> Source:
     Raises:
         UserError: anything that is wrong with the table, its labels or its inputs.
     """
-    files = None
-    table: Table
-    if config.data.layout == "files":
-        files = open_tasks(config, beside)
-        table, chunked = files.table, files.streaming
-    elif chunked := streams(config.data, local_files(config.data, beside)):
-        table = open_stream(config.data, beside, config.data.chunk_rows)
-    else:
-        table = MappedTable(open_table(config.data, beside), config.data.chunk_rows)
+    of_data = config.data
+    table, files, chunked = _open(config, beside)
     columns = table.column_names if files is None else files.columns
-    if len(table) == 0:
-        raise UserError(f"data.path {config.data.path}: the table has no rows")
-    row_U = np.arange(len(table))
     for name in ("key", "task", "label", "weight"):
-        if (column := getattr(config.data, name)) is not None and not (files and name == "label"):
+        if (column := getattr(of_data, name)) is not None and not (files and name == "label"):
             require(columns, column, f"data.{name}")
     if config.split.column is not None:
         require(columns, config.split.column, "split.column")
     input_columns = match_inputs(config, columns)
-    of_data = config.data
     reserved: set[str | None] = {of_data.key, of_data.task, of_data.label, of_data.weight, config.split.column, SOURCE}
 
-    missing = of_data.missing_labels
     label_columns: list[str] = []
+    row_U = np.arange(len(table))
     if of_data.layout == "grid":
         label_columns = label_columns_of(config, columns, reserved.union(*(group[0] for group in input_columns)))
-        labels = read_grid(table, label_columns, config.tasks, missing)
+        labels = read_grid(table, label_columns, config.tasks, of_data.missing_labels)
     else:
         if any(of_data.label in group[0] for group in input_columns):
             raise UserError(f"inputs: column '{of_data.label}' holds the labels (data.label); leave it out of inputs")
         if files is not None:
-            labels = read_files(files, config.tasks, missing, of_data.on_error)
+            labels = read_files(files, config.tasks, of_data.missing_labels, of_data.on_error)
         else:
             assert of_data.task is not None
             assert of_data.label is not None
-            labels = read_long(table, of_data.task, of_data.label, config.tasks, missing)
+            labels = read_long(table, of_data.task, of_data.label, config.tasks, of_data.missing_labels)
         row_U = labels.row_P  # a unit is a label
         labels = replace(labels, row_P=np.arange(len(row_U)))
     notes = [*(files.notes if files else []), *labels.notes]
@@ -160,28 +159,53 @@ def read_source(config: Config, beside: Path | None = None) -> Source:
             raise UserError("inputs: no column is left for inputs; name the label columns in tasks.labels, or the inputs")
         input_columns = [([c], spec) for c, spec in _inferred(table, free).items()]
     features = [FeatureColumn(names, spec, build(spec, FEATURES, f"inputs.{names[0]}")) for names, spec in input_columns]
-
-    input_U, row_N = np.arange(len(row_U)), row_U
-    weight_U = None
-    where = None if files is None else table.where
-    with _table_rows(row_U, where):
-        if of_data.weight is not None:
-            weight_U = _weights(_take(table.read([of_data.weight])[of_data.weight], row_U), of_data.weight)
-        if of_data.layout == "pairs":
-            assert of_data.key is not None
-            compared = [] if chunked else [c for group in input_columns for c in group[0]]
-            input_U, first = _entities(table, row_U, of_data.key, compared)
-            row_N = row_U[first]
-    if not chunked and (size := _encoded_bytes(table, features, len(row_N))) > of_data.memory_gb * 1e9:
+    if not chunked and (size := _encoded_bytes(table, features, len(row_U))) > of_data.memory_gb * 1e9:
         chunked = True
         notes.append(f"inputs take {size / 1e9:.1f} GB, more than data.memory_gb ({of_data.memory_gb:g}): read by the chunk")
-    if not chunked:
-        with _table_rows(row_N, where):
-            for item in features:
-                rows = _take(table.read(item.columns), row_N)
-                item.encoded = encode_column(rows, item.columns, item.feature, of_data.workers)
-    source = Source(config, table, labels, features, chunked, input_U, row_U, row_N, weight_U, notes)
-    return source if chunked else _without_invalid(source)
+
+    source = Source(config, table, labels, features, chunked, np.arange(len(row_U)), row_U, row_U, None, notes)
+    if of_data.weight is not None:
+        with source.named_rows(row_U):
+            source.weight_U = _weights(_take(table.read([of_data.weight])[of_data.weight], row_U), of_data.weight)
+    if of_data.layout == "pairs":
+        assert of_data.key is not None
+        if chunked:
+            notes.append(f"inputs of rows with the same {of_data.key} are not compared where they are read by the chunk")
+        compared = [] if chunked else [c for group in input_columns for c in group[0]]
+        with source.named_rows(row_U):
+            source.input_U, first = _entities(table, row_U, of_data.key, compared)
+        source.row_N = row_U[first]
+    if chunked:
+        return source
+    try:
+        _encode(source)
+    except UserError:
+        if of_data.on_error == "stop":
+            raise
+        return replace(source, chunked=True)  # what cannot be read is then left out task by task
+    return _without_invalid(source)
+
+
+def _open(config: Config, beside: Path | None) -> tuple[Table, TaskFiles | None, bool]:
+    """The table, layout files: with its tasks, and whether inputs stream."""
+    data = config.data
+    if data.layout == "files":
+        files = open_tasks(config, beside)
+        return files.table, files, files.streaming
+    if streams(data, local_files(data, beside)):
+        return open_stream(data, beside, data.chunk_rows), None, True
+    table = MappedTable(open_table(data, beside), data.chunk_rows)
+    if len(table) == 0:
+        raise UserError(f"data.path {data.path}: the table has no rows")
+    return table, None, False
+
+
+def _encode(source: Source) -> None:
+    """All inputs, in memory."""
+    with source.named_rows(source.row_N):
+        for item in source.features:
+            rows = _take(source.table.read(item.columns), source.row_N)
+            item.encoded = encode_column(rows, item.columns, item.feature, source.config.data.workers)
 
 
 def label_columns_of(config: Config, columns: list[str], used: set[str | None]) -> list[str]:
@@ -203,7 +227,7 @@ def prepare(source: Source, seed: int) -> Prepared:
     config, labels, notes = source.config, source.labels, list(source.notes)
     num_units = len(source.input_U)
     task_N = pa.array(labels.tasks.names).take(pa.array(labels.task_P)) if config.data.layout != "grid" else None
-    with _table_rows(source.row_U):
+    with source.named_rows(source.row_U):
         units = split(
             _split_spec(config.split),
             seed,
@@ -390,38 +414,26 @@ def _without_invalid(source: Source) -> Source:
         )
     if not valid_N.any():
         raise UserError(f"inputs: none of the {len(valid_N)} can be used (first: row {source.row_U[first] + 1})")
-    new_input = np.cumsum(valid_N) - 1
-    keep_U = valid_N[source.input_U]
-    new_unit = np.cumsum(keep_U) - 1
-    labels = source.labels
-    keep_P = keep_U[labels.row_P]
+    source.notes.append(f"{num_bad} of {len(valid_N)} inputs cannot be used: their rows are left out")
     for item in source.features:
         assert item.encoded is not None
         item.encoded = Encoded(item.encoded.values[valid_N], item.encoded.valid[valid_N])
+    return _keep_units(source, valid_N[source.input_U], valid_N)
+
+
+def _keep_units(source: Source, keep_U: NDArray[np.bool_], keep_N: NDArray[np.bool_]) -> Source:
+    """The source with some of its units and inputs only."""
+    labels = source.labels
+    keep_P = keep_U[labels.row_P]
+    new_unit, new_input = np.cumsum(keep_U) - 1, np.cumsum(keep_N) - 1
     return replace(
         source,
         labels=replace(labels, task_P=labels.task_P[keep_P], row_P=new_unit[labels.row_P[keep_P]], y_P=labels.y_P[keep_P]),
         input_U=new_input[source.input_U[keep_U]],
         row_U=source.row_U[keep_U],
-        row_N=source.row_N[valid_N],
+        row_N=source.row_N[keep_N],
         weight_U=None if source.weight_U is None else source.weight_U[keep_U],
-        notes=[*source.notes, f"{num_bad} of {len(valid_N)} inputs cannot be used: their rows are left out"],
     )
-
-
-@contextmanager
-def _table_rows(row_N: NDArray[np.int64], where: Callable[[int], str] | None = None) -> Iterator[None]:
-    """Messages of the inner code count rows of a selection; say the row of the table, or what `where` says of it."""
-    try:
-        yield
-    except UserError as error:
-        if where is None:
-            if len(row_N) and row_N[-1] == len(row_N) - 1:
-                raise
-            where = "row {}".format
-            row_N = row_N + 1
-        text = re.sub(r"\brow (\d+)\b(?!')", lambda m: where(int(row_N[(int(m[1]) - 1) % len(row_N)])), str(error))
-        raise UserError(text) from None
 
 
 def _split_spec(config: SplitConfig) -> Split:
