@@ -25,9 +25,10 @@ from mtrain.errors import UserError
 
 Ints = NDArray[np.int64]
 
+BY_TASK = ("routed", "files")  # layouts whose rows are drawn by task
 BLOCK = 64  # steps whose counts are drawn together
 ROWS = "rows"  # the stream of layouts whose rows are not drawn by task
-_WINDOW = 8  # chunks of that stream which are shuffled together
+WINDOW = 8  # chunks of that stream which are shuffled together
 _SLAB_BYTES = 16e6  # inputs that are gathered at once
 _AHEAD = 2  # slabs that wait for training
 _GOLDEN = 0.6180339887498949
@@ -425,5 +426,5 @@ def build_streams(part: Part, inputs: Inputs, names: Sequence[str] | None, seed:
     row_R = part.row_R.numpy()
     of_chunks = row_R, inputs.chunk_N[row_R], inputs.key_C, seed
     if names is None:
-        return Streams(np.zeros(part.num_rows, dtype=np.int64), [ROWS], *of_chunks, _WINDOW)
+        return Streams(np.zeros(part.num_rows, dtype=np.int64), [ROWS], *of_chunks, WINDOW)
     return Streams(part.labels.pairs().task_P.numpy(), names, *of_chunks)

@@ -25,7 +25,7 @@ from mtrain.data.features import Encoded, encode_column, infer_feature
 from mtrain.data.files import TaskFiles, open_tasks
 from mtrain.data.inputs import ChunkedInputs, FeatureColumn, Inputs, MemoryInputs, fitting_sample
 from mtrain.data.labels import LabelTable, read_files, read_grid, read_long, select
-from mtrain.data.loader import Part
+from mtrain.data.loader import BY_TASK, WINDOW, Part
 from mtrain.data.sources import local_files, open_stream, open_table, require, streams
 from mtrain.data.splits import SOURCE, Split, overlap, split, split_hash
 from mtrain.data.statistics import with_statistics
@@ -329,7 +329,26 @@ def _chunked_inputs(source: Source, train_inputs: NDArray[np.int64], seed: int, 
     inputs = ChunkedInputs(source.table, source.row_N, features, budget, config.max_invalid * source.num_inputs, skip)
     for chunk, encoded in read.items():
         inputs.put(chunk, encoded)
+    in_use = _bytes_in_use(source, inputs)
+    if in_use > budget:
+        notes.append(
+            f"the chunks that are in use at once can take {in_use / 1e9:.2g} GB, more than data.memory_gb ({config.memory_gb:g}): "
+            "they are read again and again; raise it, lower data.chunk_rows (Parquet: write smaller row groups), or give each "
+            "task a file with mtrain partition"
+        )
     return inputs
+
+
+def _bytes_in_use(source: Source, inputs: ChunkedInputs) -> float:
+    """One chunk for each task, or all chunks if they are fewer; where rows are not drawn by task, those shuffled together."""
+    size_C = np.diff(source.table.start_C)
+    if source.config.data.layout in BY_TASK:
+        most_T = np.zeros(len(source.labels.tasks), dtype=np.int64)
+        np.maximum.at(most_T, source.labels.task_P, size_C[inputs.chunk_N[source.input_U[source.labels.row_P]]])
+        rows = min(most_T.sum(), size_C.sum())
+    else:
+        rows = np.sort(size_C)[-WINDOW:].sum()
+    return 4.0 * inputs.width * float(rows)
 
 
 def match_inputs(config: Config, columns: list[str]) -> list[tuple[list[str], Spec]]:

@@ -25,7 +25,7 @@ from mtrain.balance import BALANCERS
 from mtrain.components import build
 from mtrain.config import Config, TrainConfig
 from mtrain.data.batch import Pairs
-from mtrain.data.loader import Loader, Part, build_streams
+from mtrain.data.loader import BY_TASK, Loader, Part, build_streams
 from mtrain.data.prepare import Prepared
 from mtrain.data.samplers import SAMPLERS, Equal, Sampler, checked
 from mtrain.errors import UserError, some
@@ -41,7 +41,6 @@ from mtrain.train.step import Stepper, Totals
 from mtrain.train.tracker import Tracker
 
 DEFAULT_EPOCHS = 30.0
-BY_TASK = ("routed", "files")  # layouts whose rows are drawn by task
 
 
 def build_bank(tasks: TaskTable, config: Config, shared: SharedModel) -> HeadBank:

@@ -200,6 +200,16 @@ def test_features_are_fitted_on_some_chunks_where_there_are_many(tmp_path):
     assert 0.7 < train.std() < 1.3
 
 
+def test_too_little_memory_for_the_chunks_in_use_is_said(tmp_path):
+    rng = np.random.default_rng(0)
+    frame = pd.DataFrame({"x1": rng.normal(size=600), "task": np.repeat(["a", "b", "c"], 200), "y": rng.normal(size=600)})
+    tree = {"data": {"layout": "routed", "task": "task", "label": "y", "streaming": True, "chunk_rows": 50}}
+    for memory, said in ((4 * 150 / 1e9, False), (4 * 149 / 1e9, True)):  # 50 rows of each of three tasks
+        data = {"data": tree["data"] | {"memory_gb": memory}, "inputs": {"x1": "Numeric"}}
+        _, result = prepared(tmp_path, frame, data)
+        assert any("chunks that are in use at once" in note for note in result.notes) == said
+
+
 def test_rows_that_cannot_be_used_are_left_out_of_batches_by_the_chunk(tmp_path):
     frame = grid_frame()
     frame["x1"] = frame["x1"].abs() + 0.1
