@@ -333,8 +333,8 @@ def _chunked_inputs(source: Source, train_inputs: NDArray[np.int64], seed: int, 
     if in_use > budget:
         notes.append(
             f"the chunks that are in use at once can take {in_use / 1e9:.2g} GB, more than data.memory_gb "
-            f"({config.memory_gb:g}): they are read again and again; raise it, lower data.chunk_rows (Parquet: write smaller row "
-            "groups), or give each task a file with mtrain partition"
+            f"({config.memory_gb:g}): they are read again and again; raise it, lower data.chunk_rows (Parquet: write smaller "
+            "row groups), or give each task a file with mtrain partition"
         )
     return inputs
 
