@@ -122,4 +122,5 @@ _TYPES = {
 def _keys(problem: Any) -> list[str]:
     """Where a problem is, without the names of types that pydantic adds in a union."""
     parts = [str(part) for part in problem["loc"]]
-    return [p for i, p in enumerate(parts) if not (i and (p in ("str", "int", "float") or p.startswith(("list[", "dict["))))]
+    types = ("str", "int", "float", "bool")
+    return [p for i, p in enumerate(parts) if not (i and (p in types or p.startswith(("list[", "dict[", "literal["))))]

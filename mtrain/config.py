@@ -53,7 +53,7 @@ class DataConfig(Section):
     streaming: bool | Literal["auto"] = "auto"
     """Read inputs from the files by the chunk while training (true), or memory-map them first (false); auto: true for local
     files that are together larger than 2 GB."""
-    memory_gb: float = Field(2.0, gt=0)
+    memory_gb: float = Field(2.0, gt=0, le=1e6)
     """Memory for encoded inputs: where all of them take more, or stream, they are read by the chunk, and what fits stays."""
     chunk_rows: int = Field(4096, ge=1)
     """Rows that are read by the chunk, and shuffled, together; a row group of a Parquet file is never divided."""

@@ -96,6 +96,8 @@ def changed(column, value, row=None):
         ({"inputs": {"x9": "Numeric"}}, "inputs: no column 'x9' in the data"),
         ({"tasks": {"labels": ["flag", "real", "flag"]}}, "tasks.labels: 'flag' occurs twice"),
         ({"tasks": {"labels": ["x1", "flag"]}}, "column 'x1' is also an input"),
+        ({"data": {"streaming": "maybe"}}, "c.yaml: data.streaming: found 'maybe'"),
+        ({"data": {"memory_gb": 1e308}}, "data.memory_gb: found 1e+308; input should be less than"),
         ({"data": {"key": "idd"}}, "data.key: no column 'idd' in the data; did you mean 'id'?"),
         ({"data": {"weight": "task"}}, "data.weight: column 'task' is not numeric"),
         ({"split": {"parts": {"train": 0.5, "test": 0.2}}}, "sum to 0.7, expected 1"),

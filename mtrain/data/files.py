@@ -9,7 +9,6 @@ import os
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from glob import glob
 from pathlib import Path
@@ -27,9 +26,9 @@ from pydantic import ValidationError
 from mtrain.components import Spec, first_problem
 from mtrain.config import Config, DataConfig, _Loader
 from mtrain.data.labels import select
-from mtrain.data.sources import format_of, hub_files, quiet, reason, search_folders, streams
+from mtrain.data.sources import check_separator, format_of, hub_files, quiet, reason, search_folders, streams
 from mtrain.data.splits import SOURCE
-from mtrain.data.tables import JoinedTable, Piece, ReadError, Table, open_many, open_mapped
+from mtrain.data.tables import JoinedTable, Piece, ReadError, Table, in_threads, open_many, open_mapped
 from mtrain.errors import UserError, matches, nearest, some
 
 TASK = "__task__"  # constant column: the task's name
@@ -223,13 +222,13 @@ def _rows(path: Path) -> list[Any]:
                 return _csv_rows(csv.DictReader(stream, delimiter="\t" if kind == "tsv" else ",", strict=True), path)
         if kind in ("parquet", "pq"):
             return pq.read_table(path).to_pylist()
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
         if kind in ("jsonl", "ndjson"):
-            return [json.loads(line) for line in text.splitlines() if line.strip()]
+            return [json.loads(line) for line in text.split("\n") if line.strip()]
         if kind not in ("yaml", "yml", "json"):
             raise UserError(f"data.table {path}: expected a .csv, .tsv, .parquet, .yaml, .json or .jsonl file")
         rows = json.loads(text) if kind == "json" else yaml.load(text, Loader=_Loader)
-    except (OSError, ValueError, csv.Error, yaml.YAMLError, pa.ArrowException) as error:
+    except (OSError, ValueError, RecursionError, csv.Error, yaml.YAMLError, pa.ArrowException) as error:
         raise UserError(f"data.table {path}: cannot be read as {kind}: {reason(error)}") from error
     if not isinstance(rows, list):
         raise UserError(f"data.table {path}: found {type(rows).__name__}, expected a list with an entry for each task")
@@ -237,7 +236,8 @@ def _rows(path: Path) -> list[Any]:
 
 
 def _csv_rows(reader: csv.DictReader[str], path: Path) -> list[dict[str, Any]]:
-    names = reader.fieldnames or []
+    reader.fieldnames = names = [name.strip() for name in reader.fieldnames or []]
+    check_separator(f"data.table {path}", names)
     if len(set(names)) < len(names):
         twice = next(name for i, name in enumerate(names) if name in names[:i])
         raise UserError(f"data.table {path}: two columns are named '{twice}', expected unique names")
@@ -247,8 +247,8 @@ def _csv_rows(reader: csv.DictReader[str], path: Path) -> list[dict[str, Any]]:
             raise UserError(
                 f"{path}, row {len(rows) + 1}: has more values than the header has names; quote values that hold the separator"
             )
-        rows.append({name.strip(): value for name, value in row.items()})
-    return rows
+        rows.append(row)
+    return [row for row in rows if any(row.values())]  # spreadsheets leave rows of commas at the end
 
 
 def _source(row: Any, where: str, config: DataConfig) -> TaskSource:
@@ -400,9 +400,10 @@ def discover(config: DataConfig, folders: Sequence[Path]) -> list[TaskSource]:
 
 def _existing(path: str, folders: Sequence[Path], key: str) -> Path:
     """Where a file, a folder or matches of a glob are."""
-    full = next((full for folder in folders if (full := folder / Path(path).expanduser()).exists()), None)
+    candidates = [folder / os.path.expanduser(path) for folder in folders]
+    full = next((full for full in candidates if os.path.exists(full)), None)
     if full is None and _is_glob(path):
-        full = next((full for folder in folders if glob(str(full := folder / Path(path).expanduser()), recursive=True)), None)
+        full = next((full for full in candidates if glob(str(full), recursive=True)), None)
     if full is None:
         raise UserError(
             f"{key} {path}: no such file or folder (looked in {', '.join(map(str, folders))}); "
@@ -417,8 +418,13 @@ def _is_glob(path: str) -> bool:
 
 def _data_files(folder: Path) -> list[str]:
     """All files below a folder whose ending says csv, json, parquet or arrow; hidden ones are none."""
-    found = []
+    found: list[str] = []
+    seen = set()
     for parent, names, files in os.walk(folder, followlinks=True):
+        if (real := os.path.realpath(parent)) in seen:  # a link to a folder above would lead round and round
+            names.clear()
+            continue
+        seen.add(real)
         names[:] = [name for name in names if not name.startswith(".")]
         found += [os.path.join(parent, file) for file in files if not file.startswith(".") and format_of(file)]
     return sorted(found)
@@ -437,14 +443,15 @@ def _resolve_all(sources: list[TaskSource], faults: _Faults, config: DataConfig,
             return error
 
     datasets.utils.tqdm.get_lock()  # created once here, else each thread creates and deletes it
-    with quiet(), ThreadPoolExecutor(8) as pool:
-        for t, found in enumerate(pool.map(attempt, sources)):
-            if isinstance(found, _NeedsScript):
-                faults.add_script(t, str(found))
-            elif isinstance(found, UserError):
-                faults.add(t, str(found))
-            else:
-                sources[t] = found
+    with quiet():
+        resolved = in_threads(attempt, sources, threads=8)
+    for t, found in enumerate(resolved):
+        if isinstance(found, _NeedsScript):
+            faults.add_script(t, str(found))
+        elif isinstance(found, UserError):
+            faults.add(t, str(found))
+        else:
+            sources[t] = found
 
 
 def _resolve(source: TaskSource, config: DataConfig, folders: Sequence[Path]) -> TaskSource:
@@ -474,10 +481,10 @@ def _resolve(source: TaskSource, config: DataConfig, folders: Sequence[Path]) ->
 def _find(path: str, folders: Sequence[Path]) -> list[str]:
     """The file, the folder, or the files of a glob; none."""
     for folder in folders:
-        full = folder / Path(path).expanduser()
-        if full.exists():
-            return [str(full)]
-        if _is_glob(path) and (found := sorted(f for f in glob(str(full), recursive=True) if os.path.isfile(f))):
+        full = str(folder / os.path.expanduser(path))
+        if os.path.isfile(full) or os.path.isdir(full):  # a pipe would wait for ever
+            return [full]
+        if _is_glob(path) and (found := sorted(f for f in glob(full, recursive=True) if os.path.isfile(f))):
             return found
     return []
 

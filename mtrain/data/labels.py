@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
@@ -17,7 +16,7 @@ from mtrain.components import Spec, build
 from mtrain.config import Selection, TasksConfig
 from mtrain.data.features import FLOAT32_MAX, encode_categories, is_number, is_text
 from mtrain.data.sources import require
-from mtrain.data.tables import Table
+from mtrain.data.tables import Table, in_threads
 from mtrain.errors import UserError, matches, nearest, some
 from mtrain.model.kinds import KINDS, Binary, Kind, Multiclass, Regression, SortedLabels, by_task
 from mtrain.tasks import Task, TaskTable
@@ -106,7 +105,7 @@ def read_grid(data: Table, columns: list[str], config: TasksConfig, missing: Seq
     table = data.read(columns)
     options = _Options(config)
     every = np.zeros(len(data), dtype=np.int64)
-    parsed = [_parse(table[name], _in_column(name), missing, every, [options.kind(name)]) for name in columns]
+    parsed = [_parse(table[name], _in_column(name, data), missing, every, [options.kind(name)]) for name in columns]
     row_of = [np.flatnonzero(~np.isnan(value)) for value, _ in parsed]
     count_T = np.array([len(rows) for rows in row_of])
     return _finish(
@@ -126,7 +125,7 @@ def read_long(data: Table, task: str, label: str, config: TasksConfig, missing: 
     table = data.read([task, label])
     task_N, distinct = encode_categories(task_names(table[task], task))
     if len(unnamed := np.flatnonzero((task_N < 0) | np.isin(task_N, distinct.index("").as_py()))):
-        raise UserError(f"column '{task}', row {unnamed[0] + 1}: found no task name, expected one in each row")
+        raise UserError(f"column '{task}', {data.where(int(unnamed[0]))}: found no task name, expected one in each row")
     all_names = distinct.to_pylist()
     names = select(all_names, config.labels, "tasks.labels")
     if not names:
@@ -135,7 +134,7 @@ def read_long(data: Table, task: str, label: str, config: TasksConfig, missing: 
     kept = np.array([name in selected for name in all_names])
     task_N = np.where(kept, np.cumsum(kept) - 1, -1)[task_N]
     options = _Options(config)
-    value, texts = _parse(table[label], _in_column(label), missing, task_N, [options.kind(name) for name in names])
+    value, texts = _parse(table[label], _in_column(label, data), missing, task_N, [options.kind(name) for name in names])
     row_P = np.flatnonzero((task_N >= 0) & ~np.isnan(value))
     result = _finish(
         names=names,
@@ -238,8 +237,7 @@ def _label_columns(files: TaskFiles) -> list[pa.ChunkedArray | UserError]:
         except UserError as error:
             return error
 
-    with ThreadPoolExecutor(4) as pool:
-        found = dict(zip(tables, pool.map(read, tables), strict=True))
+    found = dict(zip(tables, in_threads(read, tables), strict=True))
     columns: list[pa.ChunkedArray | UserError] = []
     for source, pieces in zip(files.sources, files.pieces, strict=True):
         own = [found[id(piece.table)] for piece in pieces]
@@ -283,8 +281,8 @@ Where = Callable[[int | None], str]
 """A row, or the whole column (None), in words."""
 
 
-def _in_column(name: str) -> Where:
-    return lambda row: f"label column '{name}'" if row is None else f"label column '{name}', row {row + 1}"
+def _in_column(name: str, data: Table) -> Where:
+    return lambda row: f"label column '{name}'" + ("" if row is None else f", {data.where(row)}")
 
 
 def _parse(

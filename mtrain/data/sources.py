@@ -9,7 +9,7 @@ import gzip
 import lzma
 import os
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -167,7 +167,7 @@ def _call(path: str) -> datasets.Dataset:
 def search_folders(config: DataConfig, beside: Path | None) -> list[Path]:
     """Where relative paths are looked for, in this order."""
     root = config.root or os.environ.get("MTRAIN_DATA")
-    return [Path(p) for p in (root, ".", beside) if p is not None]
+    return list(dict.fromkeys(Path(p) for p in (root, ".", beside) if p is not None))
 
 
 def _files_by_split(config: DataConfig, beside: Path | None) -> dict[str, list[str]]:
@@ -189,10 +189,10 @@ def _find(path: str, config: DataConfig, beside: Path | None) -> list[str]:
     """Files behind one path; none if it can only be a hub id."""
     roots = search_folders(config, beside)
     for root in roots:
-        full = root / Path(path).expanduser()
-        if full.is_file():
+        full = root / os.path.expanduser(path)
+        if os.path.isfile(full):  # pathlib's raises for a name that is too long
             return [str(full)]
-        if full.is_dir():
+        if os.path.isdir(full):
             found = sorted(str(f) for f in full.rglob("*") if f.is_file() and format_of(f.name))
             if not found:
                 raise UserError(f"data.path {full}: the folder holds no csv, json, parquet or arrow file")
@@ -299,6 +299,8 @@ def reason(error: BaseException) -> str:
     """The innermost cause in one line."""
     while error.__cause__ is not None:
         error = error.__cause__
+    if isinstance(error, StopIteration) or any(sign in str(error) for sign in _NO_ROWS):
+        return "no rows, expected at least one"
     if isinstance(error, UnicodeDecodeError):
         return f"not UTF-8 text ({error.reason} at byte {error.start}); if it is text, convert it: iconv -f latin1 -t utf-8"
     lines = [line.strip() for line in str(error).strip().splitlines()]
@@ -319,6 +321,14 @@ def check_headers(files: list[str], separator: str) -> None:
         expected = expected or names
 
 
+def check_separator(what: str, names: Sequence[str]) -> None:
+    """Refuse a header that was not divided into columns."""
+    other = next((c for c in ";\t,|" if len(names) == 1 and c in names[0]), None)
+    if other is not None:
+        wanted = "commas in a .csv, tabs in a .tsv"
+        raise UserError(f"{what}: its columns seem to be separated by {other!r}, expected {wanted}; convert it")
+
+
 def _header(file: str, separator: str) -> list[str]:
     openers: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
     csv.field_size_limit(2**31 - 1)
@@ -335,10 +345,7 @@ def _header(file: str, separator: str) -> list[str]:
     twice = next((name for i, name in enumerate(names) if name in names[:i]), None)
     if twice is not None:
         raise UserError(f"data.path {file}: two columns are named '{twice}', expected unique names; rename one")
-    other = next((c for c in ";\t,|" if len(names) == 1 and c in names[0]), None)
-    if other is not None:
-        wanted = "commas in a .csv, tabs in a .tsv"
-        raise UserError(f"data.path {file}: its columns seem to be separated by {other!r}, expected {wanted}; convert it")
+    check_separator(f"data.path {file}", names)
     if len(first) > len(names):
         raise UserError(
             f"data.path {file}: row 1 has {len(first)} values but the header {len(names)} names; mend the header or the row"

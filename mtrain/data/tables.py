@@ -13,7 +13,7 @@ import os
 import threading
 import weakref
 import zlib
-from collections import Counter, OrderedDict
+from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Generator, Hashable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
@@ -118,17 +118,39 @@ def _may_pass(error: BaseException, remote: bool) -> bool:
     return type(error).__module__.split(".")[0] in _NETWORK or (remote and isinstance(error, EOFError | zlib.error))
 
 
-def _each(function: Callable[[T], R], items: Iterable[T]) -> list[R]:
-    """The results in order, computed by a few threads."""
+def in_threads(function: Callable[[T], R], items: Iterable[T], threads: int = READERS) -> list[R]:
+    """The results in order, computed by a few threads; after an error or Ctrl-C no further item is begun."""
     items = list(items)
     if len(items) < 2:
         return [function(item) for item in items]
-    with ThreadPoolExecutor(READERS) as pool:
-        return list(pool.map(function, items))
+    found: dict[int, R] = {}
+    todo = iter(range(len(items)))  # one for all threads; a future for each item would keep Ctrl-C waiting
+
+    def work() -> None:
+        try:
+            for i in todo:
+                found[i] = function(items[i])
+        finally:
+            deque(todo, maxlen=0)
+
+    with ThreadPoolExecutor(threads) as pool:
+        try:
+            for future in [pool.submit(work) for _ in range(min(threads, len(items)))]:
+                future.result()
+        finally:
+            deque(todo, maxlen=0)
+    return [found[i] for i in range(len(items))]
 
 
 def _changed(file: str, what: str) -> ReadError:
     return ReadError(f"file {file}: {what} when the run began; put the old file back or start a new run")
+
+
+def _chosen(table: pa.Table, columns: Sequence[str], file: str) -> pa.Table:
+    for name in columns:
+        if name not in table.column_names:
+            raise _changed(file, f"has no column '{name}' now, had one")
+    return table.select(columns)
 
 
 def _has_columns(file: str, names: Sequence[str], wanted: Sequence[str]) -> None:
@@ -156,10 +178,10 @@ def _concat(tables: Sequence[pa.Table], names: Sequence[str]) -> pa.Table:
             parts = [_promotable(part) for part in parts]
         try:
             columns.append(pa.concat_tables([pa.table([part], [name]) for part in parts], promote_options="permissive")[name])
-        except (pa.ArrowTypeError, pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
+        except (pa.ArrowTypeError, pa.ArrowInvalid, pa.ArrowNotImplementedError):
             kinds = {str(part.type): where for part, where in zip(reversed(parts), reversed(names), strict=True)}
             found = " but ".join(f"{kind} in {where}" for kind, where in reversed(kinds.items()) if kind != "null")
-            raise ReadError(f"column '{name}' is {found}, expected types that can be joined: {reason(error)}") from None
+            raise ReadError(f"column '{name}' is {found}, expected types that can be joined; convert it to one type") from None
     return pa.table(columns, names=tables[0].column_names)
 
 
@@ -208,7 +230,7 @@ class ParquetTable:
 
     def __init__(self, files: Sequence[str], chunk_rows: int, retries: int):
         self.files, self.retries = list(files), retries
-        self._footers = _each(lambda file: retrying(lambda: _footer(file), retries, file), self.files)
+        self._footers = in_threads(lambda file: retrying(lambda: _footer(file), retries, file), self.files)
         first = self._footers[0]
         for file, footer in zip(self.files, self._footers, strict=True):
             _same_columns(first.names, footer.names, self.files[0], file)
@@ -232,7 +254,7 @@ class ParquetTable:
         return int(self.start_C[-1])
 
     def read(self, columns: Sequence[str]) -> pa.Table:
-        every = _each(lambda f: self._read(f, list(range(len(self._footers[f].rows))), columns), range(len(self.files)))
+        every = in_threads(lambda f: self._read(f, list(range(len(self._footers[f].rows))), columns), range(len(self.files)))
         return _concat(every, self.files)
 
     def read_chunk(self, chunk: int, columns: Sequence[str]) -> pa.Table:
@@ -254,7 +276,8 @@ class ParquetTable:
                     raise _changed(
                         file, f"has {size} bytes in {len(rows)} row groups now, had {known.size} in {len(known.rows)}"
                     )
-                return opened.read_row_groups(groups, columns=list(columns), use_threads=False).select(columns)
+                table = opened.read_row_groups(groups, columns=list(columns), use_threads=False)
+                return _chosen(table, columns, file)
 
         return retrying(read, self.retries, file)
 
@@ -308,7 +331,7 @@ class TextTable:
     """
 
     def __init__(self, files: Sequence[str], form: str, chunk_rows: int, retries: int):
-        self._texts = _each(lambda file: _Text(file, form, chunk_rows, retries), files)
+        self._texts = in_threads(lambda file: _Text(file, form, chunk_rows, retries), files)
         texts = [text for text in self._texts if text.num_rows] or self._texts  # JSON without rows has no columns
         for text in texts:
             _same_columns(texts[0].schema.names, text.schema.names, texts[0].file, text.file)
@@ -427,7 +450,7 @@ class _Text:
         return num_rows, pa.schema(fields)
 
     def _typed(self, chunk: pa.Table, columns: Sequence[str]) -> pa.Table:
-        return chunk.select(columns).cast(pa.schema([self.schema.field(name) for name in columns]))
+        return _chosen(chunk, columns, self.file).cast(pa.schema([self.schema.field(name) for name in columns]))
 
     def _bytes(self) -> int:
         return -1 if "://" in self.file else retrying(lambda: os.path.getsize(self.file), self.retries, self.file)
@@ -582,7 +605,7 @@ class JoinedTable:
         return int(np.searchsorted(self._chunk_P, chunk, side="right")) - 1
 
     def read(self, columns: Sequence[str]) -> pa.Table:
-        every = _each(lambda piece: self._read(piece, columns, piece.table.read), self.pieces)
+        every = in_threads(lambda piece: self._read(piece, columns, piece.table.read), self.pieces)
         return _concat(every, [piece.name or f"table {p + 1}" for p, piece in enumerate(self.pieces)])
 
     def read_chunk(self, chunk: int, columns: Sequence[str]) -> pa.Table:
@@ -636,7 +659,7 @@ def open_many(groups: Sequence[Sequence[str]], form: str, chunk_rows: int, retri
         except ReadError as error:
             return error
 
-    return _each(open_one, groups)
+    return in_threads(open_one, groups)
 
 
 def open_mapped(groups: Sequence[Sequence[str]], form: str, chunk_rows: int) -> list[Table | ReadError]:
@@ -644,7 +667,7 @@ def open_mapped(groups: Sequence[Sequence[str]], form: str, chunk_rows: int) -> 
     opened: dict[int, Table | ReadError] = {}
     alike: dict[Hashable, list[int]] = {}
     rows: dict[int, int] = {}
-    for g, found in enumerate(_each(lambda files: _signature(files, form), groups)):
+    for g, found in enumerate(in_threads(lambda files: _signature(files, form), groups)):
         if isinstance(found, ReadError):
             opened[g] = found
         else:

@@ -1,5 +1,6 @@
 import gzip
 import json
+import os
 from itertools import pairwise
 
 import numpy as np
@@ -125,6 +126,8 @@ def test_arrow_structs_maps_and_lists_are_mappings_and_lists(tmp_path):
         ("", ["no rows"]),
         ("name,data\na,a.csv,1\n", ["row 1", "more values"]),
         ("name,name,data\na,a,a.csv\n", ["two columns", "'name'"]),
+        ("name, name,data\na,a,a.csv\n", ["two columns", "'name'"]),
+        ("name;data\na;a.csv\n", ["separated by ';'"]),
         ("name,data,weight\na,a.csv,-1\n", ["row 1", "weight", "'-1'", "number >= 0"]),
         ("name,data,weight\na,a.csv,heavy\n", ["row 1", "weight", "'heavy'"]),
         ("name,data,weight\na,a.csv,inf\n", ["row 1", "weight", "'inf'"]),
@@ -155,6 +158,7 @@ def test_a_wrong_task_table_names_file_and_row(tmp_path, text, parts):
         ("t.yaml", "- {data: a.csv, name: true}", "found True, expected text"),
         ("t.yaml", "- {data: a.csv, kind: {class: x}}", "class"),
         ("t.json", "[", "cannot be read as json"),
+        ("t.json", "[" * 100_000, "cannot be read as json"),
         ("t.parquet", "no", "cannot be read as parquet"),
         ("t.xlsx", "no", "expected a .csv"),
     ],
@@ -165,9 +169,32 @@ def test_a_task_table_that_cannot_be_read_is_refused_in_one_line(tmp_path, name,
         read_task_table(tmp_path / name, config(table=name, label="y").data)
 
 
+def test_what_editors_and_spreadsheets_leave_in_a_task_table_does_no_harm(tmp_path):
+    texts = {
+        "t.csv": "\ufeffname,data\na,a.csv\n,\n\nb,b.csv\n,\n",
+        "t.json": '\ufeff[{"name": "a", "data": "a.csv"}, {"name": "b", "data": "b.csv"}]',
+        "t.jsonl": '{"name": "a", "data": "a.csv"}\r\n\r\n{"name": "b", "data": "b.csv"}\r\n',
+    }
+    for name, text in texts.items():
+        (tmp_path / name).write_bytes(text.encode())
+        sources = read_task_table(tmp_path / name, config(table=name, label="y").data)
+        assert [(source.name, source.first_file) for source in sources] == [("a", "a.csv"), ("b", "b.csv")]
+
+
 def test_a_missing_task_table_says_where_it_was_looked_for(tmp_path):
     with pytest.raises(UserError, match=r"data.table nowhere.csv: no such file.*data.root"):
         open_tasks(config(table="nowhere.csv", label="y"), tmp_path)
+
+
+@pytest.mark.parametrize("name", ["x" * 5000, "~nobody_here/a"])
+def test_names_that_no_file_can_have_are_refused_as_absent(tmp_path, name):
+    absent = rf"{name}.csv: no such file"
+    table = write_table(tmp_path / "t.yaml", [{"data": f"{name}.csv", "label": "y"}])
+    with pytest.raises(UserError, match=rf"t.yaml, row 1\): {absent}"):
+        open_tasks(config(table=table))
+    for wrong in (config(table=f"{name}.csv"), config(path=f"{name}.csv", label="y")):
+        with pytest.raises(UserError, match=absent.replace("file", "file or folder")):
+            open_tasks(wrong)
 
 
 def test_paths_are_also_tried_beside_the_task_table(tmp_path):
@@ -199,6 +226,15 @@ def test_a_globs_tasks_are_named_below_its_fixed_beginning(tmp_path):
         write_csv(tmp_path / "d" / name, x=[1.0], y=[1.0])
     data = config(path="d/y*/a_*.csv", label="y").data
     assert [source.name for source in discover(data, [tmp_path])] == ["y2024/a_1", "y2025/a_1"]
+
+
+def test_links_that_lead_round_and_pipes_give_no_tasks(tmp_path):
+    write_csv(tmp_path / "d" / "a.csv", x=[1.0, 2.0], y=[0, 1])
+    (tmp_path / "d" / "round").symlink_to("../d")
+    assert [source.name for source in discover(config(path="d", label="y").data, [tmp_path])] == ["a"]
+    os.mkfifo(tmp_path / "d" / "b.csv")
+    with pytest.raises(UserError, match=r"task 'b': .*b\.csv: no such file"):
+        open_tasks(config(path="d", label="y"), tmp_path)
 
 
 def test_two_files_of_one_task_name_and_an_empty_folder_are_refused(tmp_path):
@@ -314,9 +350,9 @@ def test_hundreds_of_tasks_open_in_table_order(tmp_path):
         pq.write_table(pa.table({"x": [float(i)] * (i % 3 + 1), "y": [float(i)] * (i % 3 + 1)}), tmp_path / f"{name}.parquet")
     rows = pd.DataFrame({"name": names, "data": [f"{name}.parquet" for name in names]})
     rows.to_csv(tmp_path / "tasks.csv", index=False)
-    for memory in (1e-9, 2.0):
-        files, table = both(config(table=str(tmp_path / "tasks.csv"), label="y", memory_gb=memory))
-        assert files.streaming == (memory < 1)
+    for streaming in (True, False):
+        files, table = both(config(table=str(tmp_path / "tasks.csv"), label="y", streaming=streaming))
+        assert files.streaming == streaming
         assert table.tasks.names == names
         assert np.diff(files.first_T).tolist() == [i % 3 + 1 for i in range(320)]
         np.testing.assert_array_equal(files.table.read(["x"])["x"].to_numpy()[table.row_P], table.task_P)
@@ -466,13 +502,13 @@ FAULTS = {
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-@pytest.mark.parametrize("memory", [1e-9, 2.0])
+@pytest.mark.parametrize("streaming", [True, False])
 @pytest.mark.parametrize("inputs", [None, {"x": "Numeric"}])
-def test_a_broken_task_among_many_stops_the_run_or_is_left_out_and_counted(tmp_path, fault, memory, inputs):
+def test_a_broken_task_among_many_stops_the_run_or_is_left_out_and_counted(tmp_path, fault, streaming, inputs):
     rows = [{"name": f"t{i}", "data": write_csv(tmp_path / f"t{i}.csv", x=[i + 0.5], y=[i + 0.25])} for i in range(3)]
     bad = str(fault(tmp_path / "bad"))
     rows.insert(1, {"name": "bad", "data": bad})
-    options = {"table": write_table(tmp_path / "t.yaml", rows), "label": "y", "memory_gb": memory, "inputs": inputs}
+    options = {"table": write_table(tmp_path / "t.yaml", rows), "label": "y", "streaming": streaming, "inputs": inputs}
     with pytest.raises(UserError) as error:
         both(config(**options))
     for part in ["task 'bad'", bad, "skip_task", *FAULTS[fault]]:

@@ -1,3 +1,5 @@
+import re
+
 import datasets
 import numpy as np
 import pyarrow as pa
@@ -5,7 +7,7 @@ import pytest
 
 from mtrain.config import Selection, TasksConfig
 from mtrain.data.labels import read_grid, read_long, select
-from mtrain.data.tables import MappedTable
+from mtrain.data.tables import MappedTable, TextTable
 from mtrain.errors import UserError
 from mtrain.model.kinds import Kind, Poisson
 
@@ -226,3 +228,18 @@ def test_selection_takes_names_patterns_and_all_but():
 
 def test_a_kind_without_a_check_takes_any_label():
     assert Kind().problem(2.5) is None
+
+
+def test_a_row_of_several_files_is_named_by_its_file(tmp_path):
+    files = [str(tmp_path / name) for name in ("a.csv", "b.csv")]
+    (tmp_path / "a.csv").write_text("task,y\n" + "t,1\n" * 5)
+    (tmp_path / "b.csv").write_text("task,y\n" + "t,1\n" * 3 + "t,inf\n")
+    table = TextTable(files, "csv", 2, 0)
+    at_b = f"label column 'y', {files[1]}, row 4: found inf"
+    with pytest.raises(UserError, match=re.escape(at_b)):
+        read_long(table, "task", "y", TasksConfig(), [])
+    with pytest.raises(UserError, match=re.escape(at_b)):
+        read_grid(table, ["y"], TasksConfig(), [])
+    (tmp_path / "b.csv").write_text("task,y\nt,1\n,1\n")
+    with pytest.raises(UserError, match=re.escape(f"column 'task', {files[1]}, row 2: found no task name")):
+        read_long(TextTable(files, "csv", 2, 0), "task", "y", TasksConfig(), [])

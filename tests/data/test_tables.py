@@ -6,8 +6,9 @@ import re
 import subprocess
 import sys
 import tempfile
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from time import sleep
 
 import datasets
 import fsspec
@@ -31,6 +32,7 @@ from mtrain.data.tables import (
     Piece,
     ReadError,
     TextTable,
+    in_threads,
     open_many,
     open_mapped,
     retrying,
@@ -270,6 +272,26 @@ def test_a_file_that_changes_under_the_run_is_named(tmp_path, form, rows, waits)
     assert waits == []
 
 
+@pytest.mark.parametrize("form", ["parquet", "csv"])
+def test_a_column_that_is_gone_from_a_file_under_the_run_is_named(tmp_path, form, waits):
+    path = write(tmp_path / f"a.{form}", pd.DataFrame({"x": [1.0, 2.0]}))
+    (table,) = open_many([[path]], form, 10, 3)
+    write(path, pd.DataFrame({"z": [1.0, 2.0]}))
+    with pytest.raises(ReadError, match=rf"file {path}: has no column 'x' now, had one when the run began; "):
+        table.read_chunk(0, ["x"])
+    assert waits == []
+
+
+def test_json_files_without_rows_say_so(tmp_path):
+    for content in ("", "{}\n", "\n"):
+        path = tmp_path / "a.jsonl"
+        path.write_text(content)
+        for opened in (open_many([[str(path)]], "json", 10, 0), open_mapped([[str(path)]], "json", 10)):
+            assert isinstance(opened[0], ReadError)
+            assert f"{path}: " in str(opened[0])
+            assert "no rows, expected at least one" in str(opened[0])
+
+
 def test_a_text_file_whose_values_changed_is_an_error_that_names_it(tmp_path, waits):
     path = write(tmp_path / "a.csv", pd.DataFrame({"y": [1] * 20}))
     table = TextTable([path], "csv", 5, 3)
@@ -393,6 +415,30 @@ def test_only_what_may_pass_is_tried_again(error, tries, waits):
     with pytest.raises(ReadError, match=r"^some file: cannot be read: "):
         retrying(read, 3, "some file")
     assert len(calls) == tries
+
+
+def test_after_an_error_or_ctrl_c_no_thread_begins_another_item(monkeypatch):
+    begun = []
+
+    def work(item):
+        begun.append(item)
+        sleep(0.001)
+        if item == 9:
+            raise ReadError("nine")
+        return -item
+
+    assert in_threads(work, range(9)) == [-item for item in range(9)]
+    with pytest.raises(ReadError, match="nine"):
+        in_threads(work, range(1000))
+    assert len(begun) < 50
+
+    def interrupted(future):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Future, "result", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        in_threads(work, range(10, 1000))
+    assert len(begun) < 100
 
 
 def test_no_file_stays_open_and_at_most_256_text_files_are(tmp_path, monkeypatch):
