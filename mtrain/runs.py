@@ -88,6 +88,7 @@ def train(config: Config, beside: Path, run_path: Path, console: Console) -> dic
             one.start(resolved.model_copy(update={"split": split}))
         current, first = first or trainer(seed), None
         current.run_dir = one
+        one.check_tasks(current.prepared.tasks)
         _save_inputs(one, current.prepared)
         with _out_of_memory(config):
             summaries.append(current.run())
@@ -135,7 +136,7 @@ def predict(path: Path, data_path: str, output: Path, console: Console) -> None:
     config = run.config()
     models = [load_model(one) for one in run.splits()]
     where: dict[str, Any] = {"path": data_path, "format": None}
-    if Path(data_path).exists():  # before one under data.root
+    if os.path.exists(data_path):  # before one under data.root
         where |= {"path": str(Path(data_path).resolve()), "name": None, "source_split": None}
     data = open_table(config.data.model_copy(update=where))
     columns: dict[str, Any] = {}

@@ -193,6 +193,61 @@ def test_data_that_changed_since_the_checkpoint_are_named_or_left_out(change, ca
     assert "without 1 tasks that are left out: task 3" in out
 
 
+def binary_labels(path):
+    table = pq.read_table(path)
+    labels = pa.array(np.arange(len(table)) % 2)
+    pq.write_table(table.drop_columns("y").append_column("y", labels), path)
+
+
+@pytest.mark.parametrize(
+    ("change", "what"),
+    [
+        (lambda path: path.unlink(), "task 'task 3' is gone"),
+        (lambda path: path.rename(path.with_name("new.parquet")), "task 'new' is new"),
+        (binary_labels, "task 'task 3' has another kind"),
+    ],
+)
+def test_a_run_is_not_continued_with_other_tasks(change, what, capsys):
+    write_files()
+    config = save(CONFIG | {"tasks": {}})
+    run(capsys, "train", config, "--run_dir", "run")
+    before = Path("run/tasks.parquet").read_bytes()
+    change(Path("tasks/task 3.parquet"))
+    line = run(capsys, "train", config, "--run_dir", "run", "--train.epochs", 8, code=2)
+    assert f"{what} " in line
+    assert Path("run/tasks.parquet").read_bytes() == before
+
+
+class Failing:
+    """A user's own sampler."""
+
+    def probabilities(self, rows_T):
+        raise RuntimeError("boom")
+
+
+def test_a_sampler_that_fails_is_one_line(capsys, monkeypatch):
+    write_files()
+    monkeypatch.syspath_prepend(Path(__file__).parent)
+    line = run(capsys, "train", save(CONFIG), "--sampler", "test_streams.Failing", "--run_dir", "run", code=2)
+    assert "sampler: Failing fails with RuntimeError: boom" in line
+
+
+@pytest.mark.parametrize("odd", range(4))  # whichever is read first
+def test_lists_of_another_length_in_one_task_are_named_or_its_task_left_out(odd, capsys):
+    Path("tasks").mkdir()
+    for t in range(4):
+        rng = np.random.default_rng(t)
+        x = rng.normal(size=(40, 3 if t != odd else 4))
+        pq.write_table(pa.table({"v": list(x), "y": x[:, 0]}), f"tasks/t{t}.parquet")
+    config = save(CONFIG | {"inputs": {"v": "Array"}, "train": {"epochs": 2}})
+    assert f"task 't{odd}', tasks/t{odd}.parquet, row 1: column 'v': 4 values in a row, expected 3" in run(
+        capsys, "train", config, "--run_dir", "run", code=2
+    )
+    run(capsys, "train", config, "--run_dir", "run", "--data.on_error", "skip_task")
+    scored = {row["task"] for row in pq.read_table("run/per_task.parquet").to_pylist() if row["test_labels"]}
+    assert scored == {f"t{t}" for t in range(4) if t != odd}
+
+
 def test_a_file_that_breaks_during_the_run_is_named(capsys, monkeypatch):
     write_files()
     from mtrain.train.loop import Trainer

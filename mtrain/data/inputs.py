@@ -156,7 +156,9 @@ class ChunkedInputs:
         if self.num_invalid:
             notes.append(f"{self.num_invalid} inputs cannot be used: their rows are left out")
         if self._failed:
-            notes.append(f"{len(self._failed)} chunks of data could not be read: {some(list(self._failed.values()), 3)}")
+            notes.append(
+                f"{len(self._failed)} chunks of data could not be read: {some(list(dict.fromkeys(self._failed.values())), 3)}"
+            )
         return notes
 
     def _chunks(self, chunks: Sequence[int]) -> Iterator[_Rows | None]:
@@ -194,7 +196,10 @@ class ChunkedInputs:
 
     def put(self, chunk: int, encoded: Sequence[Encoded]) -> _Rows:
         """Transform the encoded rows of a chunk, and keep them if there is room."""
-        blocks = [item.feature.transform(one.values) for item, one in zip(self.features, encoded, strict=True)]
+        try:
+            blocks = [item.feature.transform(one.values) for item, one in zip(self.features, encoded, strict=True)]
+        except UserError as error:
+            raise _located(error, self.table, chunk) from None
         x = np.ascontiguousarray(blocks[0] if len(blocks) == 1 else np.concatenate(blocks, axis=1), dtype=np.float32)
         valid = np.logical_and.reduce([one.valid for one in encoded])
         rows = _Rows(x, None if valid.all() else valid)
@@ -232,12 +237,18 @@ def encode_chunk(table: Table, chunk: int, features: Sequence[FeatureColumn]) ->
     Raises:
         ReadError: it cannot be read, or holds a value that a feature refuses; file and row are named.
     """
-    first = int(table.start_C[chunk])
     rows = table.read_chunk(chunk, list(dict.fromkeys(name for item in features for name in item.columns)))
     try:
         return [encode_column(rows, item.columns, item.feature) for item in features]
     except UserError as error:
-        raise ReadError(re.sub(r"\brow (\d+)\b(?!')", lambda m: table.where(first + int(m[1]) - 1), str(error))) from None
+        raise _located(error, table, chunk) from None
+
+
+def _located(error: UserError, table: Table, chunk: int) -> ReadError:
+    """An error that counts rows of a chunk, or names none, with the row of the file."""
+    first = int(table.start_C[chunk])
+    text, named = re.subn(r"\brow (\d+)\b(?!')", lambda m: table.where(first + int(m[1]) - 1), str(error))
+    return ReadError(text if named else f"{table.where(first)}: {text}")
 
 
 def fitting_sample(
@@ -278,6 +289,15 @@ def fitting_sample(
             local[chunk] = own[np.logical_and.reduce([one.valid for one in encoded])[own]]
             num_rows += len(local[chunk])
             num_bytes += sum(one.values.nbytes for one in encoded)
+    for i, item in enumerate(features):
+        widths = {chunk: encoded[i].values.shape[1] for chunk, encoded in read.items()}
+        usual = max(set(widths.values()), key=list(widths.values()).count, default=0)
+        for chunk in [chunk for chunk, width in widths.items() if width != usual]:
+            if not skip_failed:
+                columns = some([f"'{name}'" for name in item.columns])
+                found = f"column {columns}: {widths[chunk]} values in a row, expected {usual} as in most others"
+                raise _located(UserError(found), table, chunk)
+            del read[chunk]
     if not num_rows:
         raise UserError("inputs: no training row can be read or used, so nothing can be fitted; mend the data")
     rows = [np.concatenate([read[c][i].values[local[c]] for c in sorted(read)]) for i in range(len(features))]

@@ -20,7 +20,7 @@ from torch import Tensor
 from mtrain.data.batch import Batch, Labels
 from mtrain.data.inputs import Inputs
 from mtrain.data.order import mix, name_key, shuffled
-from mtrain.data.samplers import Sampler, checked
+from mtrain.data.samplers import Sampler, draw
 from mtrain.errors import UserError
 
 Ints = NDArray[np.int64]
@@ -297,9 +297,9 @@ class Loader:
         out = [s for s, name in enumerate(names) if dropped.get(name, first) < start] if dropped else []
         rows_S = rows_S.copy()
         rows_S[out] = 0
-        probability_S = checked(self.sampler.probabilities(rows_S), rows_S)
-        draw = mix(np.array([self.seed % 2**64], dtype=np.uint64)) + np.uint64(number)
-        layout = np.argsort(mix(self.streams.key_S ^ mix(draw)), kind="stable")  # by name: not by the order of the task table
+        probability_S = draw(self.sampler, rows_S)
+        block_key = mix(mix(np.array([self.seed % 2**64], dtype=np.uint64)) + np.uint64(number))
+        layout = np.argsort(mix(self.streams.key_S ^ block_key), kind="stable")  # by name: not by the order of the task table
         edges = np.cumsum(probability_S[layout])
         edges[edges >= edges[-1]] = np.inf  # rounding must not draw a stream of probability 0 behind the last
         offset_K = (np.arange(first, start + BLOCK) * _GOLDEN + np.random.default_rng(self.seed).random()) % 1.0

@@ -35,6 +35,23 @@ class StatefulSampler(Sampler, Protocol):
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
 
+def draw(sampler: Sampler, rows_T: NDArray[np.int64]) -> NDArray[np.float64]:
+    """The probabilities `[T]` that a sampler gives for the next block.
+
+    Raises:
+        UserError: no task has rows, or the user's own sampler fails or gives what is no probability.
+    """
+    if not rows_T.any():
+        raise UserError("sampler: no task is left whose data can be read; bring the data back, or start a new run")
+    try:
+        given = sampler.probabilities(rows_T)
+    except UserError:
+        raise
+    except Exception as error:  # the user's own class may raise anything
+        raise UserError(f"sampler: {type(sampler).__name__} fails with {type(error).__name__}: {error}") from error
+    return checked(given, rows_T)
+
+
 def checked(probability_T: ArrayLike, rows_T: NDArray[np.int64]) -> NDArray[np.float64]:
     """What a sampler gave, as probabilities `[T]`: 0 for tasks without rows, divided by the sum.
 

@@ -27,7 +27,7 @@ from mtrain.config import Config, TrainConfig
 from mtrain.data.batch import Pairs
 from mtrain.data.loader import BY_TASK, Loader, Part, build_streams
 from mtrain.data.prepare import Prepared
-from mtrain.data.samplers import SAMPLERS, Equal, Sampler, checked
+from mtrain.data.samplers import SAMPLERS, Equal, Sampler, draw
 from mtrain.errors import UserError, some
 from mtrain.model.heads import HeadBank
 from mtrain.model.trunks import SharedModel, build_shared
@@ -84,7 +84,7 @@ def sampling_probabilities(prepared: Prepared, config: Config) -> NDArray[np.flo
     part = prepared.parts["train"]
     rows_T = part.labels.count_T().numpy()
     steps = training_steps(config.train, -(-part.num_rows // config.train.global_batch))
-    return checked(build_sampler(config, steps).probabilities(rows_T), rows_T)
+    return draw(build_sampler(config, steps), rows_T)
 
 
 def build_loader(prepared: Prepared, config: Config, part: Part, device: torch.device | None = None) -> Loader:

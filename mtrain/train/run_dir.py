@@ -92,6 +92,23 @@ class RunDir:
             raise UserError(f"run {self.path}: holds no tasks.parquet; expected a run that has been trained")
         return TaskTable.load(path)
 
+    def check_tasks(self, tasks: TaskTable) -> None:
+        """Refuse to continue a run with other tasks than those it was started with.
+
+        Raises:
+            UserError: the first task that is new, is gone, or has another kind or other classes.
+        """
+        if not (self.path / "tasks.parquet").is_file() or not self.has_trained:
+            return
+        before, now = ({task.name: (task.kind, task.classes) for task in table} for table in (self.tasks(), tasks))
+        for name in sorted(before.keys() | now.keys()):
+            if before.get(name) != now.get(name):
+                what = "is new" if name not in before else "is gone" if name not in now else "has another kind or other classes"
+                raise UserError(
+                    f"run {self.path}: task '{name}' {what} since the run began: the data have changed; bring them back, or "
+                    "start a new run with another --run_dir (--init_from takes over the trunk and the heads of tasks that stay)"
+                )
+
     def save_averages(self, summary: dict[str, Any]) -> None:
         """summary.json, and tasks.parquet and per_task.parquet with the mean over the split seeds."""
         for name in ("tasks.parquet", "per_task.parquet"):
