@@ -12,6 +12,8 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
@@ -27,12 +29,26 @@ READERS = min(4, os.cpu_count() or 1)
 
 @dataclass
 class FeatureColumn:
-    """One feature and the columns that it reads; `encoded` are all rows, None where inputs are read by the chunk."""
+    """One feature and the columns that it reads.
+
+    `encoded` are all rows, None where inputs are read by the chunk; but where a slow feature reads values that repeat,
+    it is computed before for each of them: then `encoded` goes with `distinct`.
+    """
 
     columns: list[str]
     spec: Spec
     feature: Feature
     encoded: Encoded | None = field(default=None, repr=False)
+    distinct: pa.Array | None = field(default=None, repr=False)
+
+    def encode(self, rows: pa.Table) -> Encoded:
+        """The raw values of some rows of the table."""
+        if self.distinct is None or self.encoded is None:
+            return encode_column(rows, self.columns, self.feature)
+        at_N = pc.index_in(rows[self.columns[0]], self.distinct)
+        unknown_N = at_N.is_null().to_numpy()  # rows without a label: nobody asks for them
+        at_N = at_N.fill_null(0).to_numpy()
+        return Encoded(self.encoded.values[at_N], self.encoded.valid[at_N] | unknown_N)
 
 
 class Inputs(Protocol):
@@ -239,7 +255,7 @@ def encode_chunk(table: Table, chunk: int, features: Sequence[FeatureColumn]) ->
     """
     rows = table.read_chunk(chunk, list(dict.fromkeys(name for item in features for name in item.columns)))
     try:
-        return [encode_column(rows, item.columns, item.feature) for item in features]
+        return [item.encode(rows) for item in features]
     except UserError as error:
         raise _located(error, table, chunk) from None
 

@@ -21,7 +21,7 @@ from mtrain.components import Spec, build
 from mtrain.config import Config, SplitConfig
 from mtrain.data import FEATURES
 from mtrain.data.batch import Grid, Pairs
-from mtrain.data.features import Encoded, encode_column, infer_feature
+from mtrain.data.features import Encoded, encode_column, infer_feature, is_text
 from mtrain.data.files import TaskFiles, open_tasks
 from mtrain.data.inputs import ChunkedInputs, FeatureColumn, Inputs, MemoryInputs, fitting_sample
 from mtrain.data.labels import LabelTable, read_files, read_grid, read_long, select
@@ -29,11 +29,12 @@ from mtrain.data.loader import BY_TASK, WINDOW, Part
 from mtrain.data.sources import local_files, open_stream, open_table, require, streams
 from mtrain.data.splits import SOURCE, Split, overlap, split, split_hash
 from mtrain.data.statistics import with_statistics
-from mtrain.data.tables import MappedTable, Table
+from mtrain.data.tables import MappedTable, ReadError, Table
 from mtrain.errors import UserError, matches, nearest
 from mtrain.tasks import TaskTable
 
 UNNAMED = "Unnamed: "  # so pandas calls a column without a name: mostly row numbers
+_REPEATED = 0.5  # share of distinct values up to which a slow feature is computed before
 _INFERRED_CHUNKS = 8  # of inputs whose feature the config does not name
 _SMALL_TABLE, _PROBED_ROWS = 20_000, 64
 T = TypeVar("T", pa.Table, pa.ChunkedArray)
@@ -176,6 +177,7 @@ def read_source(config: Config, beside: Path | None = None) -> Source:
             source.input_U, first = _entities(table, row_U, of_data.key, compared)
         source.row_N = row_U[first]
     if chunked:
+        _encode_distinct(source)
         return source
     try:
         _encode(source)
@@ -206,6 +208,29 @@ def _encode(source: Source) -> None:
         for item in source.features:
             rows = _take(source.table.read(item.columns), source.row_N)
             item.encoded = encode_column(rows, item.columns, item.feature, source.config.data.workers)
+
+
+def _encode_distinct(source: Source) -> None:
+    """Slow features of values that repeat, as a molecule does in many tasks: once for each value, in parallel."""
+    for item in source.features:
+        if not item.feature.cached or len(item.columns) > 1:
+            continue
+        try:
+            column = _take(source.table.read(item.columns)[item.columns[0]], source.row_N)
+        except ReadError:
+            if source.config.data.on_error == "stop":
+                raise
+            continue
+        if not is_text(column.type):
+            continue
+        whole = pc.dictionary_encode(column, null_encoding="encode").combine_chunks()
+        if len(whole.dictionary) > _REPEATED * len(column):
+            continue
+        _, first = np.unique(whole.indices.to_numpy(), return_index=True)
+        rows = pa.table({item.columns[0]: whole.dictionary})
+        with source.named_rows(source.row_N[first]):
+            item.encoded = encode_column(rows, item.columns, item.feature, source.config.data.workers)
+        item.distinct = whole.dictionary
 
 
 def label_columns_of(config: Config, columns: list[str], used: set[str | None]) -> list[str]:

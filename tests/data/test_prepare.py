@@ -1,5 +1,7 @@
 from pathlib import Path
+from typing import ClassVar
 
+import datasets
 import numpy as np
 import pandas as pd
 import pytest
@@ -198,6 +200,37 @@ def test_features_are_fitted_on_some_chunks_where_there_are_many(tmp_path):
     train, _ = data.inputs.gather(data.parts["train"].row_R.numpy())
     assert abs(train.mean()) < 0.3
     assert 0.7 < train.std() < 1.3
+
+
+class Slow(Feature):
+    """Length and first letter of a text, and a note of how many texts were looked at."""
+
+    cached = True
+    looked_at: ClassVar[list[int]] = []
+
+    def encode(self, table):
+        texts = table.column(0).to_pylist()
+        self.looked_at.append(len(texts))
+        return Encoded(np.array([[len(t), ord(t[0])] for t in texts], np.float32), np.ones(len(texts), bool))
+
+
+@pytest.mark.parametrize("values", [7, 300])
+def test_a_slow_feature_is_computed_once_for_each_value_that_repeats(tmp_path, monkeypatch, values):
+    rng = np.random.default_rng(0)
+    texts = [chr(97 + i % 26) * (1 + i // 26) for i in range(values)]
+    frame = pd.DataFrame({"s": rng.permutation(np.resize(texts, 300)), "task": np.repeat(["a", "b", "c"], 100)})
+    frame["y"] = np.where(rng.random(300) < 0.1, np.nan, rng.normal(size=300))
+    frame.loc[5, ["s", "y"]] = "only here", np.nan
+    tree = {"data": {"layout": "routed", "task": "task", "label": "y"}, "inputs": {"s": "test_prepare.Slow"}}
+    _, memory = prepared(tmp_path, frame, tree)
+    Slow.looked_at.clear()
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "another cache")
+    source, chunked = prepared(tmp_path, frame, tree | {"data": tree["data"] | {"streaming": True, "chunk_rows": 20}})
+    x_NF, ok = chunked.inputs.gather(np.arange(source.num_inputs))
+    assert ok is None
+    torch.testing.assert_close(x_NF, memory.inputs.x_NF)
+    assert max(Slow.looked_at) <= (7 if values == 7 else 20)
+    assert sum(Slow.looked_at) == 7 or values > 7
 
 
 def test_too_little_memory_for_the_chunks_in_use_is_said(tmp_path):
