@@ -191,6 +191,8 @@ def test_data_that_changed_since_the_checkpoint_are_named_or_left_out(change, ca
     assert "the data have changed" in line
     out = run(capsys, "train", "skip_task.yaml", "--run_dir", "skip_task", "--train.epochs", 8)
     assert "without 1 tasks that are left out: task 3" in out
+    notes = json.loads(Path("skip_task/summary.json").read_text())["notes"]
+    assert "1 tasks were left out while training: task 3" in notes
 
 
 def binary_labels(path):

@@ -284,8 +284,8 @@ class Trainer:
         if state is not None:
             step = state["step"]
             self._load_state(state, phase, totals)
-            left_out = phase.loader.dropped
-            without = f" without {len(left_out)} tasks that are left out: {some(list(left_out))}" if left_out else ""
+            left_out = list(phase.loader.dropped)
+            without = f" without {len(left_out)} tasks that are left out: {some(left_out)}" if left_out else ""
             self.console.print(
                 f"continuing at step {step} of {phase.stop_step}{without}", highlight=False, soft_wrap=True, markup=False
             )
@@ -324,6 +324,8 @@ class Trainer:
                 if interrupted():
                     self.console.print(f"step {step} is saved; the same command continues the run", highlight=False)
                     raise KeyboardInterrupt
+        if left_out := list(phase.loader.dropped):
+            self.prepared.notes.append(f"{len(left_out)} tasks were left out while {title}: {some(left_out)}")
         if phase.name == "refit":
             self.run_dir.checkpoints.save_refit(self._model_state(step))
         elif not evaluates:
