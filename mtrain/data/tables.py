@@ -147,8 +147,9 @@ def _changed(file: str, what: str) -> ReadError:
 
 
 def _chosen(table: pa.Table, columns: Sequence[str], file: str) -> pa.Table:
+    held = set(table.column_names)  # a property that builds its list anew each time
     for name in columns:
-        if name not in table.column_names:
+        if name not in held:
             raise _changed(file, f"has no column '{name}' now, had one")
     return table.select(columns)
 
