@@ -14,10 +14,11 @@ from rich.console import Console
 
 from mtrain.config import keys, load_config
 from mtrain.errors import UserError
+from mtrain.train.stop import Preempted
 
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:
-    """Run a command and exit: 0 done, 2 a mistake that one line on standard error explains, 130 interrupted."""
+    """Run a command and exit: 0 done, 2 a mistake that one line on standard error explains, 128 + n stopped by signal n."""
     try:
         _run(sys.argv[1:] if argv is None else list(argv))
     except UserError as error:
@@ -26,6 +27,10 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     except KeyboardInterrupt:
         print("mtrain: interrupted", file=sys.stderr)
         sys.exit(130)
+    except Preempted as stop:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"mtrain: stopped by {stop}", file=sys.stderr)
+        sys.exit(128 + stop.number)
     sys.exit(0)
 
 
@@ -47,6 +52,12 @@ def _run(argv: list[str]) -> None:
     overrides = "Any key of the config can follow, as --section.key value:\n\n" + _key_help()
     train = command("train", "Train a config, or continue its run.", epilog=overrides)
     train.add_argument("config", type=Path, help="YAML file")
+    train.add_argument(
+        "--resume",
+        default="auto",
+        metavar="auto|never|PATH",
+        help="continue from the newest checkpoint, from none, or from one",
+    )
     tasks = command("tasks", "Show the tasks of a config, and what is suspicious, without training.", epilog=overrides)
     tasks.add_argument("config", type=Path, help="YAML file")
     evaluate = command("eval", "Score the validation and test parts of a run again.")
@@ -89,7 +100,7 @@ def _run(argv: list[str]) -> None:
             rewrite(config, beside, arguments.output, console, arguments.rows)
             return
         path = Path(config.run_dir or Path("runs") / arguments.config.stem)
-        runs.train(config, beside, path, console)
+        runs.train(config, beside, path, console, arguments.resume)
     elif arguments.command == "eval":
         runs.evaluate(arguments.run, console)
     else:

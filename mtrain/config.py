@@ -100,6 +100,11 @@ class DataConfig(Section):
             raise ValueError("expected files by split name, such as {train: a.csv, test: b.csv}")
         return value
 
+    @property
+    def by_task(self) -> bool:
+        """Whether a row belongs to one task, and rows are drawn by task."""
+        return self.layout in ("routed", "files")
+
     @model_validator(mode="after")
     def _source(self) -> DataConfig:
         if self.layout == "files":
@@ -257,7 +262,7 @@ class TrainConfig(Section):
     global_batch: int = Field(128, ge=1)
     """Rows of one optimizer step, over all processes and micro-batches."""
     micro_batch: int | None = Field(None, ge=1)
-    """Rows of one forward pass of one process; smaller than the global batch: gradients accumulate."""
+    """Rows of one forward pass over all processes; smaller than the global batch: gradients accumulate."""
     lr: float = Field(1e-3, gt=0)
     """Learning rate of the trunk."""
     betas: tuple[float, float] = (0.9, 0.999)
@@ -286,8 +291,12 @@ class TrainConfig(Section):
     """Epochs between evaluations on the validation part."""
     log_every: int = Field(20, ge=1)
     """Steps between lines of metrics.jsonl."""
+    save_every: int | None = Field(None, ge=1)
+    """Steps between checkpoints; default: one at each evaluation only."""
     keep_checkpoints: int = Field(1, ge=1)
     """How many of the latest checkpoints stay, beside the best."""
+    timeout_minutes: float = Field(30.0, gt=0)
+    """How long processes wait for each other before they give up."""
     max_bad_steps: int = Field(20, ge=0)
     """Steps with a non-finite loss or gradient that are left out before the run stops."""
 
@@ -380,7 +389,7 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
         UserError: the file is missing or not YAML, a key is unknown (the nearest is named), a value is of a wrong type.
     """
     try:
-        tree = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
+        tree = yaml.load(path.read_text(encoding="utf-8"), Loader=YamlLoader)
     except OSError as error:
         raise UserError(f"config {path}: {error.strerror}, expected a YAML file") from None
     except yaml.MarkedYAMLError as error:
@@ -443,7 +452,7 @@ def _short(value: Any) -> str:
     return yaml.safe_dump(value, default_flow_style=True, width=1000).removesuffix("\n...\n").strip()
 
 
-class _Loader(yaml.SafeLoader):
+class YamlLoader(yaml.SafeLoader):
     """YAML 1.2's floats: `1e-3` is a number, not text. A key that occurs twice is an error."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
@@ -455,7 +464,7 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-_Loader.add_implicit_resolver(
+YamlLoader.add_implicit_resolver(
     "tag:yaml.org,2002:float",
     re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)$"),
     list("-+0123456789."),
@@ -474,7 +483,7 @@ def _overrides(words: Sequence[str]) -> Iterator[tuple[str, Any]]:
                 raise UserError(f"--{key}: a value is missing")
             text = remaining.pop(0)
         try:
-            yield key, yaml.load(text, Loader=_Loader)
+            yield key, yaml.load(text, Loader=YamlLoader)
         except yaml.YAMLError:
             yield key, text
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import glob
+import hashlib
 import os
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -16,82 +19,88 @@ import pyarrow.compute as pc
 import pyarrow.csv as pacsv
 import pyarrow.parquet as pq
 import torch
+import torch.distributed as dist
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
-from accelerate.utils import GradScalerKwargs
 from numpy.typing import NDArray
 from rich.console import Console
 
 from mtrain.components import Spec, build
-from mtrain.config import Config, DataConfig
+from mtrain.config import Config, DataConfig, to_yaml
 from mtrain.data import FEATURES
 from mtrain.data.features import Feature, encode_column
 from mtrain.data.prepare import Prepared, prepare, read_source
 from mtrain.data.sources import open_table, to_arrow
-from mtrain.errors import UserError
+from mtrain.errors import UserError, some
 from mtrain.model.kinds import Quantile
 from mtrain.model.trunks import build_shared
+from mtrain.parallel.shard import Shard
+from mtrain.parallel.world import World
+from mtrain.parallel.wrap import make_accelerator
 from mtrain.report import tables
 from mtrain.tasks import TaskTable
+from mtrain.train.checkpoint import Checkpoints, Saved
 from mtrain.train.evaluate import Evaluator
 from mtrain.train.loop import Trainer, build_bank
 from mtrain.train.objective import Objective
 from mtrain.train.run_dir import RunDir, average_summaries
+from mtrain.train.state import head_stacks, trunk_tensors
 from mtrain.train.tracker import TRACKERS
 
+T = TypeVar("T")
 
-def make_accelerator(config: Config) -> Accelerator:
-    """The accelerator of a run.
 
-    Raises:
-        UserError: a precision that the device does not have, or several processes.
+def train(config: Config, beside: Path, run_path: Path, console: Console, resume: str = "auto") -> dict[str, Any]:
+    """Train a config, once for each split seed; every process of a run calls this. Returns the summary.
+
+    Args:
+        resume: auto, continue from the newest complete checkpoint of the run directory, if there is one; never, refuse if
+            there is one; or the path of a checkpoint to continue from.
     """
-    log_with = "wandb" if config.tracker.class_path.rpartition(".")[2].lower() == "wandb" else None
-    AcceleratorState._reset_state()  # a notebook may train another precision than before
-    unscaled = GradScalerKwargs(enabled=False)  # the stepper has a loss scale of its own, for trunk and heads
-    try:
-        accelerator = Accelerator(mixed_precision=config.train.precision, log_with=log_with, kwargs_handlers=[unscaled])
-        if accelerator.mixed_precision == "fp16" and not accelerator.native_amp:
-            raise ValueError("fp16 needs an accelerator, bf16 also runs on a CPU")
-    except (ValueError, RuntimeError) as error:
-        raise UserError(f"train.precision {config.train.precision}: not on this device: {error}") from None
-    if accelerator.num_processes > 1:
-        raise UserError(
-            f"started with {accelerator.num_processes} processes, expected 1: this version trains in one process; "
-            "use accelerate launch --num_processes 1"
-        )
-    return accelerator
-
-
-def train(config: Config, beside: Path, run_path: Path, console: Console) -> dict[str, Any]:
-    """Train a config, once for each split seed; continues what the run directory holds. Returns the summary."""
-    source = read_source(config, beside)
-    resolved = config.model_copy(update={"inputs": source.input_specs(), "data": _located(config.data, beside)})
-    run = RunDir(run_path, config.train.keep_checkpoints)
     accelerator = make_accelerator(config)
+    world = World(accelerator.device)
+    if not world.is_first:
+        console = Console(quiet=True)
+    run = RunDir(run_path, config.train.keep_checkpoints, world)
+    with _lost_contact(world):
+        return _train(config, beside, run, console, accelerator, world, resume)
+
+
+def _train(
+    config: Config, beside: Path, run: RunDir, console: Console, accelerator: Accelerator, world: World, resume: str
+) -> dict[str, Any]:
+    source = _first_here(accelerator, world, lambda: read_source(config, beside))
+    resolved = config.model_copy(update={"inputs": source.input_specs(), "data": _located(config.data, beside)})
     seeds = config.split.seeds
+    if resume not in ("auto", "never") and len(seeds) > 1:
+        raise UserError("--resume PATH: the run has several split seeds, a checkpoint is of one; choose one in split.seeds")
 
     def trainer(seed: int) -> Trainer:
-        tracker = build(config.tracker, TRACKERS, "tracker")
+        data = _first_here(accelerator, world, lambda: prepare(source, seed))
+        tracker = build(config.tracker if world.is_first else Spec(class_path="none"), TRACKERS, "tracker")
         with _out_of_memory(config):
-            return Trainer(prepare(source, seed), config, run, accelerator, tracker, console)
+            _check_alike(world, resolved, data)
+            return world.together(lambda: Trainer(data, config, run, accelerator, world, tracker, console))
 
     first: Trainer | None = trainer(seeds[0])  # what is wrong is said before anything is written
     assert first is not None
-    run.start(resolved)
+    world.together(lambda: run.start(resolved) if world.is_first else None)
+    if world.size > 1:
+        tables.print_plan(first.plan, accelerator.distributed_type.value, console)
     tables.print_notes(first.prepared.notes, console)
     summaries = []
     for i, (seed, one) in enumerate(zip(seeds, run.splits(), strict=True)):
         if len(seeds) > 1:
             console.print(f"split seed {seed} ({i + 1} of {len(seeds)})", highlight=False)
-            split = config.split.model_copy(update={"seeds": [seed]})
-            one.start(resolved.model_copy(update={"split": split}))
+            of_one = resolved.model_copy(update={"split": config.split.model_copy(update={"seeds": [seed]})})
+            if world.is_first:
+                one.start(of_one)
         current, first = first or trainer(seed), None
         current.run_dir = one
-        one.check_tasks(current.prepared.tasks)
+        start = world.together(partial(_start, one, current.tasks, resume, console))
+        one.unmark_preempted()
         _save_inputs(one, current.prepared)
         with _out_of_memory(config):
-            summaries.append(current.run())
+            summaries.append(current.run(start))
         tables.print_notes(current.prepared.inputs.notes(), console)
     summary = summaries[0] if len(seeds) == 1 else average_summaries(summaries)
     if len(seeds) > 1:
@@ -100,8 +109,74 @@ def train(config: Config, beside: Path, run_path: Path, console: Console) -> dic
     return summary
 
 
+def _first_here(accelerator: Accelerator, world: World, function: Callable[[], T]) -> T:
+    """What every process computes, on each machine one before the others: it leaves caches for them."""
+    if world.size == 1:
+        return function()
+    first = world.together(lambda: function() if accelerator.is_local_main_process else None)
+    rest = world.together(lambda: None if accelerator.is_local_main_process else function())
+    return first if rest is None else rest  # type: ignore[return-value]
+
+
+def _check_alike(world: World, config: Config, data: Prepared) -> None:
+    """Whether all processes train the same.
+
+    Raises:
+        UserError: what differs, and on which rank.
+    """
+    tasks = data.tasks.to_arrow().select(["task", "kind_spec", "train_labels"]).to_pydict()
+    own = {"config": to_yaml(config), "task table": str(tasks), "split": data.split_hash}
+    own = {what: hashlib.sha256(value.encode()).hexdigest() for what, value in own.items()}
+    for rank, other in enumerate(world.gather_objects(own)):
+        for what, value in own.items():
+            if other[what] != value:
+                raise UserError(f"rank {rank} and rank {world.rank} have another {what}: give all processes the same")
+
+
+def _start(run: RunDir, tasks: TaskTable, resume: str, console: Console) -> Saved | None:
+    """The checkpoint from which to continue; None: there is none."""
+    if resume == "never":
+        if run.has_trained:
+            raise UserError(f"--resume never: {run.path} holds checkpoints; choose another --run_dir, or remove it")
+        return None
+    new, gone = run.compare_tasks(tasks)
+    if resume == "auto":
+        start = run.checkpoints.newest()
+        for line in run.checkpoints.refused:
+            console.print(f"{line}; it is not used", highlight=False, soft_wrap=True, markup=False)
+    else:
+        path = Path(resume)
+        match = re.fullmatch(r"step-(\d+)", path.name)
+        if match is None:
+            raise UserError(f"--resume {resume}: expected auto, never, or a directory RUN/checkpoints/step-NUMBER")
+        start = Checkpoints(path.parent, world=run.world).at(int(match[1]))
+    if start is not None and (new or gone):
+        for what, names in (("new, their heads start fresh", new), ("gone, their heads are left behind", gone)):
+            if names:
+                console.print(f"{len(names)} tasks are {what}: {some(names)}", highlight=False, soft_wrap=True, markup=False)
+    return start
+
+
+@contextmanager
+def _lost_contact(world: World) -> Iterator[None]:
+    """When a process of the run dies, the others say so in one line instead of a traceback."""
+    try:
+        yield
+    except RuntimeError as error:
+        text = str(error)
+        if world.size > 1 and (isinstance(error, dist.DistError) or "gloo" in text or "NCCL" in text):
+            reason = text.splitlines()[0][:200]
+            raise UserError(
+                f"rank {world.rank}: another process of the run cannot be reached any more, it or its machine has ended "
+                f"({reason}); see what it said, and start the same command again: it continues from the last checkpoint"
+            ) from None
+        raise
+
+
 def evaluate(path: Path, console: Console) -> None:
-    """Score the validation and test parts of a run again, from its data and its checkpoints."""
+    """Score the validation and test parts of a run again, from its data and its checkpoints; several processes share the
+    rows."""
+    world, console = _processes(console)
     run = RunDir(path)
     config = run.config()
     source = read_source(config)
@@ -114,7 +189,7 @@ def evaluate(path: Path, console: Console) -> None:
         threshold_T = None
         for part in ("valid", "test"):
             if part in data.parts:  # a refitted model has seen the valid part: the selected one is scored there
-                model = load_model(one, refitted=part == "test")
+                model = load_model(one, refitted=part == "test", world=world)
                 scores = model.evaluator.score(
                     data.inputs, data.parts[part], threshold_T=threshold_T, choose_threshold=part == "valid"
                 )
@@ -128,8 +203,9 @@ def evaluate(path: Path, console: Console) -> None:
 def predict(path: Path, data_path: str, output: Path, console: Console) -> None:
     """Predict every task for every row of a table, and write a column for each task; see `prediction_columns`.
 
-    A run over several split seeds predicts with the mean of its models.
+    A run over several split seeds predicts with the mean of its models. Several processes share the rows.
     """
+    world, console = _processes(console)
     if output.suffix not in (".parquet", ".csv"):
         raise UserError(f"--output {output}: expected a name that ends in .parquet or .csv")
     run = RunDir(path)
@@ -147,13 +223,17 @@ def predict(path: Path, data_path: str, output: Path, console: Console) -> None:
     table = to_arrow(data, inputs)
     encoded = [encode_column(table, names, feature, config.data.workers) for names, feature in models[0].features]
     valid_N = np.logical_and.reduce([one.valid for one in encoded])
-    sums: dict[int, NDArray[np.float64]] = {}
+    share: dict[int, NDArray[np.float64]] = {}
     for model in models:  # split seeds differ in what features learnt from training rows, not in how they are encoded
         blocks = [feature.transform(one.values) for (_, feature), one in zip(model.features, encoded, strict=True)]
         x_NF = torch.from_numpy(np.concatenate(blocks, axis=1, dtype=np.float32))
-        for task_A, value_NAO in model.evaluator.predict(x_NF):
+        for task_A, value_NAO in model.evaluator.predict(x_NF.tensor_split(world.size)[world.rank]):
             for a, t in enumerate(task_A.tolist()):
-                sums[t] = sums.get(t, 0) + value_NAO[:, a] / len(models)
+                share[t] = share.get(t, 0) + value_NAO[:, a] / len(models)
+    shares = world.gather_to_first(share)
+    if shares is None:
+        return
+    sums = {t: np.concatenate([one[t] for one in shares]) for t in share}
     tasks = models[0].tasks
     for values in sums.values():
         values[~valid_N] = np.nan
@@ -200,8 +280,17 @@ class LoadedModel:
     evaluator: Evaluator
 
 
-def load_model(run: RunDir, refitted: bool = True) -> LoadedModel:
+def _processes(console: Console) -> tuple[World, Console]:
+    """The processes of a command that a launcher may have started several times, on CPUs; only rank 0 prints."""
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
+        dist.init_process_group("gloo")
+    world = World()
+    return world, console if world.is_first else Console(quiet=True)
+
+
+def load_model(run: RunDir, refitted: bool = True, world: World | None = None) -> LoadedModel:
     """The model that a run (of one split) selected; `refitted`: trained again on train + valid, where the run did that.
+    Every process of `world` has all of it.
 
     Raises:
         UserError: the directory is not a finished run.
@@ -214,12 +303,13 @@ def load_model(run: RunDir, refitted: bool = True) -> LoadedModel:
         features.append((item["columns"], feature))
     shared = build_shared(config.model, sum(feature.width for _, feature in features), config.train.seed).eval()
     bank = build_bank(tasks, config, shared).eval()
-    state = run.checkpoints.model() if refitted else run.checkpoints.best()
-    shared.load_state_dict(state["shared"])
-    bank.load_state_dict(state["bank"])
-    device = torch.device("cpu")
-    objective = Objective(tasks, bank, config.objective, None, device)
-    return LoadedModel(tasks, features, Evaluator(tasks, shared, bank, objective, config.select.min_per_class, device))
+    saved = run.model() if refitted else run.best()
+    saved.copy_into(trunk_tensors(shared))
+    saved.copy_heads(head_stacks(bank))
+    device, shard = torch.device("cpu"), Shard.replicated(world or World(), tasks.names)
+    objective, min_per_class = Objective(tasks, bank, device), config.select.min_per_class
+    evaluator = Evaluator(tasks, shared, bank, objective, shard, config.data.by_task, min_per_class, device)
+    return LoadedModel(tasks, features, evaluator)
 
 
 def show_tasks(config: Config, beside: Path, console: Console) -> None:

@@ -83,6 +83,10 @@ class TaskTable(Sequence[Task]):
     def weight_T(self) -> NDArray[np.float64]:
         return np.array([task.weight for task in self.tasks])
 
+    def take(self, at: NDArray[np.int64]) -> TaskTable:
+        """Some of the tasks, with their statistics."""
+        return TaskTable(tuple(self.tasks[t] for t in at.tolist()), {name: value_T[at] for name, value_T in self.stats.items()})
+
     def by_kind(self) -> dict[Kind, NDArray[np.int64]]:
         """Positions of the tasks of each kind (with its options)."""
         positions: dict[Kind, list[int]] = {}

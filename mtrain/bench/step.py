@@ -28,10 +28,11 @@ from mtrain.config import Config, check_config
 from mtrain.data.batch import Grid
 from mtrain.data.inputs import MemoryInputs
 from mtrain.data.prepare import Prepared, prepare, read_source
-from mtrain.runs import make_accelerator
+from mtrain.parallel.world import World
+from mtrain.parallel.wrap import make_accelerator
 from mtrain.train.loop import Trainer, build_loader
 from mtrain.train.run_dir import RunDir
-from mtrain.train.step import Totals
+from mtrain.train.step import Totals, count
 from mtrain.train.tracker import NoTracker
 
 TOXCAST = "toxcast/toxcast.csv.gz"
@@ -93,7 +94,7 @@ def hand_written(data: Prepared, fused: bool) -> Callable[[], float]:
 
 def ours(data: Prepared, config: Config, folder: Path) -> Callable[[], float]:
     """The trainer's own step and loader, for one epoch."""
-    trainer = Trainer(data, config, RunDir(folder), make_accelerator(config), NoTracker(), Console(quiet=True))
+    trainer = Trainer(data, config, RunDir(folder), make_accelerator(config), World(), NoTracker(), Console(quiet=True))
     loader = build_loader(data, config, data.parts["train"])
     step = 0
 
@@ -101,7 +102,8 @@ def ours(data: Prepared, config: Config, folder: Path) -> Callable[[], float]:
         nonlocal step
         totals = Totals(len(data.tasks), torch.device("cpu"))
         for _ in range(loader.steps_per_epoch):
-            trainer.stepper(loader.batch(step), step, totals)
+            batch = loader.batch(step)
+            trainer.stepper(batch, step, totals, *count(batch))
             step += 1
         return float(totals.loss) / totals.steps
 

@@ -67,7 +67,7 @@ def epoch(loader: Loader, start: int) -> float:
     """Rows a second of an epoch's batches."""
     rows, began = 0, time.perf_counter()
     for step in range(start, start + loader.steps_per_epoch):
-        rows += len(loader.batch(step).row_B)
+        rows += len(loader.batch(step)[0].row_B)
     return rows / (time.perf_counter() - began)
 
 
@@ -109,7 +109,7 @@ def restore(data: Prepared, config: Config, state: dict[str, Any], step: int) ->
     began = time.perf_counter()
     loader = make_loader(data, config)
     loader.load_state_dict(state)
-    rows = loader.batch(step).row_B
+    rows = loader.batch(step)[0].row_B
     seconds = time.perf_counter() - began
     loader.close()
     return seconds, rows
@@ -138,7 +138,7 @@ def run(json_path: Path | None = None) -> list[dict[str, Any]]:
             cold.append(epoch(loader, 0))
             warm.append(epoch(loader, loader.steps_per_epoch))
             step = 2 * loader.steps_per_epoch
-            state, expected = loader.state_dict(), loader.batch(step).row_B
+            state, expected = loader.state_dict(), loader.batch(step)[0].row_B
             size_kb = state_kb(loader)
             loader.close()
             del data, loader

@@ -8,7 +8,10 @@ from typing import TypeVar
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
+
+from mtrain.parallel.shard import Deal
 
 
 @dataclass(frozen=True)
@@ -22,6 +25,10 @@ class Grid:
     def num_rows(self) -> int:
         return len(self.y_BT)
 
+    @property
+    def num_tasks(self) -> int:
+        return self.y_BT.shape[1]
+
     def count_T(self) -> Tensor:
         return (~self.y_BT.isnan()).sum(0)
 
@@ -32,6 +39,16 @@ class Grid:
         """Consecutive pieces of so many rows."""
         weights = [None] * len(sizes) if self.weight_B is None else self.weight_B.split(list(sizes))
         return [Grid(y_BT, weight_B) for y_BT, weight_B in zip(self.y_BT.split(list(sizes)), weights, strict=True)]
+
+    def of_tasks(self, own: NDArray[np.int64]) -> Grid:
+        """The labels of some tasks only, which are numbered anew."""
+        return replace(self, y_BT=self.y_BT[:, torch.from_numpy(own)])
+
+    def without(self, row_B: NDArray[np.int64]) -> Grid:
+        """With no labels in some rows."""
+        y_BT = self.y_BT.clone()
+        y_BT[torch.from_numpy(row_B)] = torch.nan
+        return replace(self, y_BT=y_BT)
 
     def pairs(self) -> Pairs:
         """The labels that are there, one entry each."""
@@ -106,6 +123,20 @@ class Pairs:
             )
         return pieces
 
+    def of_tasks(self, own: NDArray[np.int64]) -> Pairs:
+        """The labels of some tasks only, which are numbered anew."""
+        new_T = torch.full((self.num_tasks,), -1)
+        new_T[torch.from_numpy(own)] = torch.arange(len(own))
+        return self._only(new_T[self.task_P] >= 0, new_T[self.task_P], len(own))
+
+    def without(self, row_B: NDArray[np.int64]) -> Pairs:
+        """With no labels in some rows."""
+        return self._only(~torch.isin(self.row_P, torch.from_numpy(row_B)), self.task_P, self.num_tasks)
+
+    def _only(self, keep_P: Tensor, task_P: Tensor, num_tasks: int) -> Pairs:
+        weight_P = None if self.weight_P is None else self.weight_P[keep_P]
+        return Pairs.of(self.row_P[keep_P], task_P[keep_P], self.y_P[keep_P], weight_P, self.num_rows, num_tasks)
+
     def pairs(self) -> Pairs:
         return self
 
@@ -128,23 +159,16 @@ Labels = Grid | Pairs
 
 @dataclass(frozen=True)
 class Batch:
-    """B rows: inputs `x_BF`, row ids (they key dropout), labels."""
+    """B rows that this rank reads: inputs `x_BF`, row ids (they key dropout); and the labels of the rows that its heads read.
+
+    Those are the same rows, in the same order, or (several ranks) the rows `row_H` of all, as `deal` says.
+    """
 
     x_BF: Tensor
     row_B: Tensor
     labels: Labels
-
-    def micro_batches(self, size: int) -> list[Batch]:
-        """Consecutive pieces of at most `size` rows."""
-        if len(self.row_B) <= size:
-            return [self]
-        return self.split([len(piece) for piece in self.row_B.split(size)])
-
-    def split(self, sizes: Sequence[int]) -> list[Batch]:
-        """Consecutive pieces of so many rows."""
-        labels: Sequence[Labels] = self.labels.split(sizes)
-        x, row = self.x_BF.split(list(sizes)), self.row_B.split(list(sizes))
-        return [Batch(*piece) for piece in zip(x, row, labels, strict=True)]
+    row_H: Tensor | None = None
+    deal: Deal | None = None
 
     def to(self, device: torch.device) -> Batch:
         return _to(self, device)

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import csv
-import json
-import math
 import os
-import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from glob import glob
 from pathlib import Path
 from typing import Any
@@ -17,54 +13,27 @@ from urllib.parse import urlparse
 
 import datasets
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
-import yaml
 from numpy.typing import NDArray
-from pydantic import ValidationError
 
-from mtrain.components import Spec, first_problem
-from mtrain.config import Config, DataConfig, _Loader
+from mtrain.config import Config, DataConfig
 from mtrain.data.labels import select
-from mtrain.data.sources import check_separator, format_of, hub_files, quiet, reason, search_folders, streams
+from mtrain.data.sources import (
+    format_of,
+    hub_files,
+    is_glob,
+    open_many,
+    open_mapped,
+    quiet,
+    search_folders,
+    streams,
+)
 from mtrain.data.splits import SOURCE
-from mtrain.data.tables import JoinedTable, Piece, ReadError, Table, in_threads, open_many, open_mapped
+from mtrain.data.tables import JoinedTable, Piece, ReadError, Table, in_threads
+from mtrain.data.task_table import HUB_ID, TaskSource, read_task_table, without_suffixes
 from mtrain.errors import UserError, matches, nearest, some
 
 TASK = "__task__"  # constant column: the task's name
-COLUMNS = ("name", "kind", "data", "config", "split", "format", "inputs", "label", "weight")
-"""What a task table may say of a task."""
-_FORMATS = ("csv", "json", "parquet", "arrow")
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _EXPECTED_SHARE = 0.9  # of the other tasks: a column that so many have is missing from the rest by mistake
-
-
-@dataclass(frozen=True)
-class TaskSource:
-    """Where the data of a task are.
-
-    files: paths, globs, URLs or a hub id by split, `""` if the task has no splits of its own; when opened: its files.
-    form: csv, json, parquet or arrow; None: by the files' endings.
-    label: the task's own label column.
-    rename: the task's own name of an input, by its common name.
-    config, split: configuration of a hub data set, and its splits by the part that they form (`""`: all one).
-    where: its row of the task table, for messages.
-    """
-
-    name: str
-    files: dict[str, list[str]]
-    label: str
-    form: str | None = None
-    rename: dict[str, str] = field(default_factory=dict)
-    kind: Spec | None = None
-    weight: float | None = None
-    config: str | None = None
-    split: dict[str, str] = field(default_factory=dict)
-    where: str = field(default="", compare=False)
-
-    @property
-    def first_file(self) -> str:
-        return next(paths[0] for paths in self.files.values())
 
 
 @dataclass(frozen=True)
@@ -190,187 +159,6 @@ def open_tasks(config: Config, beside: Path | None = None) -> TaskFiles:
     )
 
 
-# The task table.
-
-
-def read_task_table(path: Path, config: DataConfig) -> list[TaskSource]:
-    """One task per row of a CSV, TSV, Parquet, YAML or JSON file; paths are as written there.
-
-    Raises:
-        UserError: names the file and the row: an unknown column, a missing `data`, two tasks of one name, ...
-    """
-    rows = _rows(path)
-    if not rows:
-        raise UserError(f"data.table {path}: no rows, expected one for each task")
-    sources = []
-    row_of: dict[str, int] = {}
-    for i, row in enumerate(rows, 1):
-        source = _source(row, f"{path}, row {i}", config)
-        if (other := row_of.setdefault(source.name, i)) != i:
-            raise UserError(
-                f"{path}, row {i}: the task name '{source.name}' is also in row {other}; give each a name of its own"
-            )
-        sources.append(source)
-    return sources
-
-
-def _rows(path: Path) -> list[Any]:
-    kind = path.suffix.lower().lstrip(".")
-    try:
-        if kind in ("csv", "tsv"):
-            with path.open(newline="", encoding="utf-8-sig") as stream:
-                return _csv_rows(csv.DictReader(stream, delimiter="\t" if kind == "tsv" else ",", strict=True), path)
-        if kind in ("parquet", "pq"):
-            return pq.read_table(path).to_pylist()
-        text = path.read_text(encoding="utf-8-sig")
-        if kind in ("jsonl", "ndjson"):
-            return [json.loads(line) for line in text.split("\n") if line.strip()]
-        if kind not in ("yaml", "yml", "json"):
-            raise UserError(f"data.table {path}: expected a .csv, .tsv, .parquet, .yaml, .json or .jsonl file")
-        rows = json.loads(text) if kind == "json" else yaml.load(text, Loader=_Loader)
-    except (OSError, ValueError, RecursionError, csv.Error, yaml.YAMLError, pa.ArrowException) as error:
-        raise UserError(f"data.table {path}: cannot be read as {kind}: {reason(error)}") from error
-    if not isinstance(rows, list):
-        raise UserError(f"data.table {path}: found {type(rows).__name__}, expected a list with an entry for each task")
-    return rows
-
-
-def _csv_rows(reader: csv.DictReader[str], path: Path) -> list[dict[str, Any]]:
-    reader.fieldnames = names = [name.strip() for name in reader.fieldnames or []]
-    check_separator(f"data.table {path}", names)
-    if len(set(names)) < len(names):
-        twice = next(name for i, name in enumerate(names) if name in names[:i])
-        raise UserError(f"data.table {path}: two columns are named '{twice}', expected unique names")
-    rows: list[dict[str, Any]] = []
-    for row in reader:
-        if None in row:
-            raise UserError(
-                f"{path}, row {len(rows) + 1}: has more values than the header has names; quote values that hold the separator"
-            )
-        rows.append(row)
-    return [row for row in rows if any(row.values())]  # spreadsheets leave rows of commas at the end
-
-
-def _source(row: Any, where: str, config: DataConfig) -> TaskSource:
-    if not isinstance(row, dict):
-        raise UserError(f"{where}: found {row!r}, expected columns such as name and data")
-    for column in row:
-        if column not in COLUMNS:
-            raise UserError(f"{where}: unknown column '{column}'{nearest(str(column), COLUMNS)}")
-    cell = {name: value for name, value in ((name, _tidy(value)) for name, value in row.items()) if value is not None}
-    if "data" not in cell:
-        raise UserError(f"{where}: no data, expected a path, URL or hub id in column data")
-    files = _files(cell["data"], where)
-    hub_config = _text(cell["config"], where, "config") if "config" in cell else None
-    form = _text(cell["format"], where, "format") if "format" in cell else None
-    if form is not None and form not in _FORMATS:
-        raise UserError(f"{where}, format: found '{form}', expected one of {', '.join(_FORMATS)}")
-    label = _text(cell["label"], where, "label") if "label" in cell else config.label
-    if label is None:
-        raise UserError(f"{where}: no label column, name it in column label, or in data.label for all tasks")
-    rename = _mapping(cell.get("inputs", {}), where, "inputs", "text=sentence;title=headline")
-    own = Counter([*rename.values(), label])
-    if twice := [name for name, count in own.items() if count > 1]:
-        used = "the label and an input" if twice[0] == label else "two inputs"
-        raise UserError(f"{where}, inputs: column '{twice[0]}' is {used}; it can be only one of them")
-    split = cell.get("split", {})
-    if isinstance(split, str) and "=" not in split:
-        split = {"": split}
-    name = _text(cell["name"], where, "name") if "name" in cell else _default_name(files, hub_config, where)
-    return TaskSource(
-        name=name,
-        files=files,
-        label=label,
-        form=form,
-        rename=rename,
-        kind=_kind_spec(cell.get("kind"), where),
-        weight=_weight(cell.get("weight"), where),
-        config=hub_config,
-        split=_mapping(split, where, "split", "train=train;test=validation"),
-        where=where,
-    )
-
-
-def _tidy(value: Any) -> Any:
-    """Absent (None, NaN, empty) is None; Arrow's maps and structs with absent fields are plain mappings."""
-    if isinstance(value, list) and value and all(isinstance(pair, tuple) for pair in value):
-        value = dict(value)
-    if isinstance(value, dict):
-        value = {k: v for k, v in ((k, _tidy(v)) for k, v in value.items()) if v is not None}
-    if isinstance(value, str):
-        value = value.strip()
-    absent = value is None or (isinstance(value, float) and math.isnan(value)) or value in ("", [], {})
-    return None if absent else value
-
-
-def _text(value: Any, where: str, column: str) -> str:
-    if isinstance(value, bool) or not isinstance(value, (str, int, float)):
-        raise UserError(f"{where}, {column}: found {value!r}, expected text")
-    return str(value)
-
-
-def _files(value: Any, where: str) -> dict[str, list[str]]:
-    by_split = value if isinstance(value, dict) else {"": value}
-    files = {}
-    for split, paths in by_split.items():
-        found = paths.split(";") if isinstance(paths, str) else paths if isinstance(paths, list) else [paths]
-        files[str(split)] = [path for path in (_text(path, where, "data").strip() for path in found) if path]
-        if not files[str(split)]:
-            raise UserError(f"{where}, data: found {value!r}, expected a path, URL or hub id")
-    return files
-
-
-def _mapping(value: Any, where: str, column: str, example: str) -> dict[str, str]:
-    if isinstance(value, str):
-        pairs = [pair.partition("=") for pair in value.split(";") if pair.strip()]
-        if bad := [name for name, equals, own in pairs if not (equals and name.strip() and own.strip())]:
-            raise UserError(f"{where}, {column}: found '{bad[0]}' in '{value}', expected pairs such as {example}")
-        if len({name.strip() for name, _, _ in pairs}) < len(pairs):
-            raise UserError(f"{where}, {column}: a name occurs twice in '{value}', expected pairs such as {example}")
-        return {name.strip(): own.strip() for name, _, own in pairs}
-    if not isinstance(value, dict):
-        raise UserError(f"{where}, {column}: found {value!r}, expected a mapping or text such as {example}")
-    return {str(name): "+".join(own) if isinstance(own, list) else _text(own, where, column) for name, own in value.items()}
-
-
-def _kind_spec(value: Any, where: str) -> Spec | None:
-    try:
-        return None if value is None else Spec.model_validate(value)
-    except ValidationError as error:
-        raise UserError(first_problem(error, f"{where}, kind", Spec.model_fields)) from None
-
-
-def _weight(value: Any, where: str) -> float | None:
-    if value is None:
-        return None
-    try:
-        weight = float(_text(value, where, "weight"))
-    except ValueError:
-        weight = math.nan
-    if not (weight >= 0 and math.isfinite(weight)):
-        raise UserError(f"{where}, weight: found '{value}', expected a number >= 0")
-    return weight
-
-
-def _default_name(files: dict[str, list[str]], hub_config: str | None, where: str) -> str:
-    paths = [path for group in files.values() for path in group]
-    if len(paths) == 1 and not _is_glob(paths[0]):
-        path = urlparse(paths[0]).path if "://" in paths[0] else paths[0]
-        if format_of(path):
-            return _without_suffixes(Path(path).name)
-        if "://" not in paths[0]:
-            name = path if _HUB_ID.fullmatch(path) else Path(path).name
-            return f"{name}/{hub_config}" if hub_config else name
-    raise UserError(f"{where}: no name, expected one where column data is not a single file or hub id")
-
-
-def _without_suffixes(name: str) -> str:
-    """`a/b.c.csv.gz` is `a/b.c`."""
-    while "." in Path(name).name and format_of(name):
-        name = name.rpartition(".")[0]
-    return name
-
-
 def discover(config: DataConfig, folders: Sequence[Path]) -> list[TaskSource]:
     """A task for each file of the folder or glob `data.path`, named by its path below the folder (or a glob's fixed
     beginning), without endings."""
@@ -382,14 +170,14 @@ def discover(config: DataConfig, folders: Sequence[Path]) -> list[TaskSource]:
     base, files = _existing(path, folders, "data.path"), []
     if base.is_dir():
         files = _data_files(base)
-    elif _is_glob(path):
-        pattern, base = base, Path(*base.parts[: next(i for i, part in enumerate(base.parts) if _is_glob(part))])
+    elif is_glob(path):
+        pattern, base = base, Path(*base.parts[: next(i for i, part in enumerate(base.parts) if is_glob(part))])
         files = sorted(file for file in glob(str(pattern), recursive=True) if os.path.isfile(file))
     if not files:
         raise UserError(f"data.path {path}: no data files there, expected a folder or glob in which each file is a task")
     sources: dict[str, TaskSource] = {}
     for file in files:
-        name = _without_suffixes(os.path.relpath(file, base).replace(os.sep, "/"))
+        name = without_suffixes(os.path.relpath(file, base).replace(os.sep, "/"))
         if name in sources:
             raise UserError(
                 f"data.path: {file} and {sources[name].first_file} would both be task '{name}'; rename one, or use a task table"
@@ -402,7 +190,7 @@ def _existing(path: str, folders: Sequence[Path], key: str) -> Path:
     """Where a file, a folder or matches of a glob are."""
     candidates = [folder / os.path.expanduser(path) for folder in folders]
     full = next((full for full in candidates if os.path.exists(full)), None)
-    if full is None and _is_glob(path):
+    if full is None and is_glob(path):
         full = next((full for full in candidates if glob(str(full), recursive=True)), None)
     if full is None:
         raise UserError(
@@ -410,10 +198,6 @@ def _existing(path: str, folders: Sequence[Path], key: str) -> Path:
             "set data.root or MTRAIN_DATA to the folder of the data"
         )
     return full
-
-
-def _is_glob(path: str) -> bool:
-    return any(c in path for c in "*?[")
 
 
 def _data_files(folder: Path) -> list[str]:
@@ -461,7 +245,7 @@ def _resolve(source: TaskSource, config: DataConfig, folders: Sequence[Path]) ->
         is_folder = len(found) == 1 and os.path.isdir(found[0])
         if is_folder and (asks_hub or _is_hub_folder(Path(found[0]))):
             return _from_hub(source, found[0], config)
-        if not found and (asks_hub or (_HUB_ID.fullmatch(path) and not format_of(path) and not path.startswith("."))):
+        if not found and (asks_hub or (HUB_ID.fullmatch(path) and not format_of(path) and not path.startswith("."))):
             return _from_hub(source, path, config)
     if asks_hub:
         raise UserError("config and split are for hub data sets, but data names files; leave them out")
@@ -484,7 +268,7 @@ def _find(path: str, folders: Sequence[Path]) -> list[str]:
         full = str(folder / os.path.expanduser(path))
         if os.path.isfile(full) or os.path.isdir(full):  # a pipe would wait for ever
             return [full]
-        if _is_glob(path) and (found := sorted(f for f in glob(full, recursive=True) if os.path.isfile(f))):
+        if is_glob(path) and (found := sorted(f for f in glob(full, recursive=True) if os.path.isfile(f))):
             return found
     return []
 

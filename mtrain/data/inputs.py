@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import os
 import re
 import threading
 from collections import OrderedDict, deque
-from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Protocol
+from itertools import islice
+from typing import Protocol, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -20,11 +21,11 @@ from torch import Tensor
 
 from mtrain.components import Spec
 from mtrain.data.features import Encoded, Feature, encode_column
-from mtrain.data.tables import ReadError, Table
+from mtrain.data.tables import READERS, ReadError, Table
 from mtrain.errors import UserError, some
 
 _SAMPLE_BYTES = 1e9
-READERS = min(4, os.cpu_count() or 1)
+R = TypeVar("R")
 
 
 @dataclass
@@ -179,17 +180,13 @@ class ChunkedInputs:
 
     def _chunks(self, chunks: Sequence[int]) -> Iterator[_Rows | None]:
         """The rows of each chunk, None for one that cannot be read; missing ones are read ahead."""
-        missing = deque(chunk for chunk in chunks if chunk not in self._kept and chunk not in self._failed)
+        missing = dict.fromkeys(chunk for chunk in chunks if chunk not in self._kept and chunk not in self._failed)
         if not missing:
             yield from (self._use(chunk) for chunk in chunks)
             return
-        with ThreadPoolExecutor(READERS) as pool:
-            reading: dict[int, Future[_Rows | None]] = {}
+        with _read_ahead(self._read, missing) as found:
             for chunk in chunks:
-                while missing and len(reading) < 2 * READERS:
-                    reading[missing[0]] = pool.submit(self._read, missing[0])
-                    missing.popleft()
-                yield reading.pop(chunk).result() if chunk in reading else self._use(chunk)
+                yield next(found) if chunk in missing else self._use(chunk)
 
     def _use(self, chunk: int) -> _Rows | None:
         with self._lock:
@@ -242,6 +239,25 @@ class ChunkedInputs:
             self._kept_bytes += size
 
 
+@contextmanager
+def _read_ahead(read: Callable[[int], R], chunks: Iterable[int]) -> Iterator[Iterator[R]]:
+    """What `read` gives for each chunk, in order, from a few threads that are ahead of their user."""
+    left = iter(chunks)
+    with ThreadPoolExecutor(READERS) as pool:
+        reading = deque(pool.submit(read, chunk) for chunk in islice(left, 2 * READERS))
+
+        def results() -> Iterator[R]:
+            while reading:
+                yield reading.popleft().result()
+                reading.extend(pool.submit(read, chunk) for chunk in islice(left, 1))
+
+        try:
+            yield results()
+        finally:
+            for future in reading:
+                future.cancel()
+
+
 def chunk_of(table: Table, row_N: NDArray[np.int64]) -> NDArray[np.int64]:
     """The chunk of each row of the table."""
     return np.searchsorted(table.start_C, row_N, side="right") - 1
@@ -288,33 +304,36 @@ def fitting_sample(
     read: dict[int, list[Encoded]] = {}
     local: dict[int, NDArray[np.int64]] = {}
     num_rows, num_bytes = 0, 0
-    with ThreadPoolExecutor(READERS) as pool:
-        ahead = deque[Future[list[Encoded]]]()
-        for i, chunk in enumerate(chosen):
-            if num_rows >= most or num_bytes > _SAMPLE_BYTES:
-                break
-            while len(ahead) < 2 * READERS and i + len(ahead) < len(chosen):
-                ahead.append(pool.submit(encode_chunk, table, chosen[i + len(ahead)], features))
-            try:
-                read[chunk] = encoded = ahead.popleft().result()
-            except ReadError:
-                if not skip_failed:
-                    raise
+
+    def encoded_or_none(chunk: int) -> list[Encoded] | None:
+        try:
+            return encode_chunk(table, chunk, features)
+        except ReadError:
+            if not skip_failed:
+                raise
+            return None
+
+    with _read_ahead(encoded_or_none, chosen) as found:
+        for chunk, encoded in zip(chosen, found, strict=True):
+            if encoded is None:
                 continue
+            read[chunk] = encoded
             own = local_N[order[first_C[chunk] : end_C[chunk]]]
             local[chunk] = own[np.logical_and.reduce([one.valid for one in encoded])[own]]
             num_rows += len(local[chunk])
             num_bytes += sum(one.values.nbytes for one in encoded)
+            if num_rows >= most or num_bytes > _SAMPLE_BYTES:
+                break
     for i, item in enumerate(features):
         widths = {chunk: encoded[i].values.shape[1] for chunk, encoded in read.items()}
         usual = max(set(widths.values()), key=list(widths.values()).count, default=0)
         for chunk in [chunk for chunk, width in widths.items() if width != usual]:
             if not skip_failed:
                 columns = some([f"'{name}'" for name in item.columns])
-                found = f"column {columns}: {widths[chunk]} values in a row, expected {usual} as in most others"
-                raise _located(UserError(found), table, chunk)
+                problem = f"column {columns}: {widths[chunk]} values in a row, expected {usual} as in most others"
+                raise _located(UserError(problem), table, chunk)
             del read[chunk]
-    if not num_rows:
+    if not any(len(local[chunk]) for chunk in read):
         raise UserError("inputs: no training row can be read or used, so nothing can be fitted; mend the data")
     rows = [np.concatenate([read[c][i].values[local[c]] for c in sorted(read)]) for i in range(len(features))]
     return rows, read

@@ -22,7 +22,8 @@ from mtrain.model.kinds import KINDS, Binary, Kind, Multiclass, Regression, Sort
 from mtrain.tasks import Task, TaskTable
 
 if TYPE_CHECKING:
-    from mtrain.data.files import TaskFiles, TaskSource
+    from mtrain.data.files import TaskFiles
+    from mtrain.data.task_table import TaskSource
 
 _MAX_INFERRED_CLASSES = 20
 _ROWS_PER_INFERRED_CLASS = 10
@@ -105,7 +106,7 @@ def read_grid(data: Table, columns: list[str], config: TasksConfig, missing: Seq
     table = data.read(columns)
     options = _Options(config)
     every = np.zeros(len(data), dtype=np.int64)
-    parsed = [_parse(table[name], _in_column(name, data), missing, every, [options.kind(name)]) for name in columns]
+    parsed = [parse_labels(table[name], _in_column(name, data), missing, every, [options.kind(name)]) for name in columns]
     row_of = [np.flatnonzero(~np.isnan(value)) for value, _ in parsed]
     count_T = np.array([len(rows) for rows in row_of])
     return _finish(
@@ -134,7 +135,7 @@ def read_long(data: Table, task: str, label: str, config: TasksConfig, missing: 
     kept = np.array([name in selected for name in all_names])
     task_N = np.where(kept, np.cumsum(kept) - 1, -1)[task_N]
     options = _Options(config)
-    value, texts = _parse(table[label], _in_column(label, data), missing, task_N, [options.kind(name) for name in names])
+    value, texts = parse_labels(table[label], _in_column(label, data), missing, task_N, [options.kind(name) for name in names])
     row_P = np.flatnonzero((task_N >= 0) & ~np.isnan(value))
     result = _finish(
         names=names,
@@ -169,7 +170,7 @@ def read_files(
         try:
             if isinstance(column := columns[t], UserError):
                 raise column
-            value, texts = _parse(column, where, missing, np.zeros(len(column), dtype=np.int64), [kind])
+            value, texts = parse_labels(column, where, missing, np.zeros(len(column), dtype=np.int64), [kind])
             if kind is not None and not kind.has_classes and type(kind).problem is not Kind.problem:
                 for label in np.unique(value[~np.isnan(value)]).tolist():
                     if problem := kind.problem(label):
@@ -285,7 +286,7 @@ def _in_column(name: str, data: Table) -> Where:
     return lambda row: f"label column '{name}'" + ("" if row is None else f", {data.where(row)}")
 
 
-def _parse(
+def parse_labels(
     column: pa.ChunkedArray,
     where: Where,
     missing: Sequence[float | str],

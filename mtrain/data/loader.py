@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import numpy as np
@@ -22,10 +22,11 @@ from mtrain.data.inputs import Inputs
 from mtrain.data.order import mix, name_key, shuffled
 from mtrain.data.samplers import Sampler, draw
 from mtrain.errors import UserError
+from mtrain.parallel.shard import Deal, Shard
+from mtrain.parallel.world import World
 
 Ints = NDArray[np.int64]
 
-BY_TASK = ("routed", "files")  # layouts whose rows are drawn by task
 BLOCK = 64  # steps whose counts are drawn together
 ROWS = "rows"  # the stream of layouts whose rows are not drawn by task
 WINDOW = 8  # chunks of that stream which are shuffled together
@@ -49,20 +50,45 @@ class Part:
     def num_rows(self) -> int:
         return len(self.row_R)
 
-    def batch(self, inputs: Inputs, at_B: Ints) -> tuple[Batch, Ints]:
-        """The rows at `at_B` that can be used, and which they are."""
-        x_BF, ok_B = inputs.gather(self.row_R.numpy()[at_B])
-        if ok_B is not None:
-            x_BF, at_B = x_BF[torch.from_numpy(ok_B)], at_B[ok_B]
-        at = torch.from_numpy(at_B)
-        return Batch(x_BF, self.row_R[at], self.labels.take(at)), at_B
+    def of_tasks(self, own: Ints) -> Part:
+        """The same rows with the labels of some tasks only, which are numbered anew."""
+        return replace(self, labels=self.labels.of_tasks(own), original=self.original and self.original.of_tasks(own))
 
-    def batches(self, inputs: Inputs, size: int) -> Iterator[tuple[Batch, Labels | None]]:
-        """Every row once, in storage order, with its original labels."""
-        made = (self.batch(inputs, at_B) for at_B in np.split(np.arange(self.num_rows), range(size, self.num_rows, size)))
+    def task_R(self) -> Ints:
+        """Task of each row, where each has one label."""
+        return self.labels.pairs().task_P.numpy()
+
+    def batches(self, inputs: Inputs, size: int, shard: Shard, by_task: bool) -> Iterator[tuple[Batch, Labels | None]]:
+        """Every row once, in storage order, with its original labels; on several ranks this rank's rows of each batch.
+
+        Every rank gives as many batches, some of which may be empty. Rows that cannot be read have no labels.
+        """
+        part = self if shard.has_all else self.of_tasks(shard.own)
+        task_R = self.task_R() if by_task else None
+
+        def deals() -> Iterator[tuple[Deal, Ints]]:
+            for start in range(0, self.num_rows, size):
+                rows = min(size, self.num_rows - start)
+                (deal,) = shard.deal(None if task_R is None else task_R[start : start + rows], rows)
+                yield deal, deal.read + start
+
+        made = ((deal, at_B, inputs.gather(self.row_R.numpy()[at_B])) for deal, at_B in deals())
         with Prefetched(made, 0 if inputs.in_memory else 1) as batches:
-            for batch, at_B in batches:
-                yield batch, None if self.original is None else self.original.take(torch.from_numpy(at_B))
+            for number, (deal, at_B, (x_BF, ok_B)) in enumerate(batches):
+                at_H = at_B if deal.heads is None else deal.heads + number * size
+                lost = at_B[:0]
+                if ok_B is not None:
+                    x_BF[torch.from_numpy(~ok_B)] = 0
+                    lost = at_B[~ok_B]
+                if deal.heads is not None and not inputs.in_memory:
+                    lost = np.concatenate(shard.world.gather_objects(lost))
+                labels, original = part.labels.take(torch.from_numpy(at_H)), part.original
+                original = original and original.take(torch.from_numpy(at_H))
+                if len(lost):
+                    at_lost = np.flatnonzero(np.isin(at_H, lost))
+                    labels, original = labels.without(at_lost), original and original.without(at_lost)
+                row_H = None if deal.heads is None else self.row_R[torch.from_numpy(at_H)]
+                yield Batch(x_BF, self.row_R[torch.from_numpy(at_B)], labels, row_H, deal), original
 
 
 class Streams:
@@ -78,6 +104,7 @@ class Streams:
         chunk_R: chunk of each row.
         key_C: name of each chunk; streams that share chunks take them in the same order. Chunks of one name follow each
             other, as those of a text file must.
+        by_task: each stream is a task.
     """
 
     def __init__(
@@ -89,8 +116,9 @@ class Streams:
         key_C: NDArray[np.uint64],
         seed: int,
         window: int = 1,
+        by_task: bool = True,
     ):
-        self.names, self.seed, self.window, self.stream_R = list(names), seed, window, stream_R
+        self.names, self.seed, self.window, self.stream_R, self.by_task = list(names), seed, window, stream_R, by_task
         self.rows_S = np.bincount(stream_R, minlength=len(names))
         self.start_S = np.cumsum(self.rows_S) - self.rows_S
         self.at_R = np.lexsort((chunk_R, stream_R))
@@ -183,12 +211,24 @@ class _Orders:
 
 @dataclass(frozen=True)
 class Slab:
-    """Batches of some steps, the rows that each stream gave for each, and what the sampler and skips are after each."""
+    """Batches of some steps, the rows that each stream gave for each, and what the sampler is after each; or no batches, and
+    the streams that could not be read, with the step of their first such row."""
 
-    batches: list[Batch]
+    batches: list[list[Batch]]
     count_KS: Ints
     sampler_states: list[dict[str, Any]]
-    dropped: dict[str, int]
+    lost_rows: Ints
+    failed: dict[str, int]
+
+    def without(self, lost_rows: Ints) -> Slab:
+        """With no labels for rows whose inputs cannot be used."""
+        return replace(self, batches=[[_without(batch, lost_rows) for batch in micro] for micro in self.batches])
+
+
+def _without(batch: Batch, lost_rows: Ints) -> Batch:
+    row_H = (batch.row_B if batch.row_H is None else batch.row_H).numpy()
+    at_H = np.flatnonzero(np.isin(row_H, lost_rows)) if len(lost_rows) else lost_rows
+    return replace(batch, labels=batch.labels.without(at_H)) if len(at_H) else batch
 
 
 class Loader:
@@ -199,8 +239,9 @@ class Loader:
     one, and over many steps its share is met almost exactly. Streams are laid out anew for each block of steps.
 
     Args:
-        owner_S: rank that owns each stream; None: the rows of each step are dealt out by position. Every rank knows the
-            cursors of all streams, and reads the rows of its own.
+        shard: which rows of a batch this rank reads, and which its heads read; None: all of both. Every rank knows the cursors
+            of all streams.
+        pieces: micro-batches of a step.
         device: where inputs go ahead of training.
         skip_changed: a task whose training rows are not those of the checkpoint is left out, instead of an error.
     """
@@ -214,15 +255,16 @@ class Loader:
         batch_size: int,
         seed: int,
         *,
-        owner_S: Ints | None = None,
-        rank: int = 0,
-        ranks: int = 1,
+        shard: Shard | None = None,
+        pieces: int = 1,
         device: torch.device | None = None,
         skip_changed: bool = False,
     ):
         self.inputs, self.part, self.streams, self.sampler = inputs, part, streams, sampler
         self.batch_size, self.seed = batch_size, seed
-        self.owner_S, self.rank, self.ranks, self.device, self.skip_changed = owner_S, rank, ranks, device, skip_changed
+        self.shard = shard = shard or Shard.replicated(World(), [str(t) for t in range(part.labels.num_tasks)])
+        self.pieces, self.device, self.skip_changed = pieces, device, skip_changed
+        self.labels = part.labels if shard.has_all else part.labels.of_tasks(shard.own)
         self.steps_per_epoch = -(-part.num_rows // batch_size)
         self.cursor_S = np.zeros(len(streams.names), dtype=np.int64)
         self.dropped: dict[str, int] = {}
@@ -232,21 +274,35 @@ class Loader:
         self._slab: Slab | None = None
         self._next = (-1, 0)  # step, and its place in the slab
 
-    def batch(self, step: int) -> Batch:
-        """The global batch of a step (on several ranks, this rank's rows of it)."""
+    def batch(self, step: int) -> list[Batch]:
+        """The micro-batches of a step; on several ranks, this rank's rows of them."""
         if self._ahead is None or self._next[0] != step:
-            self.close()
-            self._restore_sampler(self._sampler_state)
-            made = self._slabs(step, self.cursor_S.copy(), dict(self.dropped))
-            self._ahead, self._slab, self._next = Prefetched(made, 0 if self.inputs.in_memory else _AHEAD), None, (step, 0)
-        place = self._next[1]
-        if self._slab is None or place == len(self._slab.batches):
-            self._slab, place = next(self._ahead), 0
-        slab = self._slab
+            self._read_from(step)
+        while self._slab is None or self._next[1] == len(self._slab.batches):
+            assert self._ahead is not None
+            slab = next(self._ahead)
+            if not self.inputs.in_memory:  # what one rank cannot use, all leave out
+                every = self.shard.world.gather_objects((slab.failed, slab.lost_rows))
+                failed = [of_rank for of_rank, _ in every]
+                if any(failed):
+                    names = sorted(set().union(*failed))
+                    self.dropped |= {name: min(one[name] for one in failed if name in one) for name in names}
+                    self._read_from(step)
+                    continue
+                slab = slab.without(np.concatenate([lost_rows for _, lost_rows in every]))
+            self._slab, self._next = slab, (step, 0)
+        slab, place = self._slab, self._next[1]
         self.cursor_S += slab.count_KS[place]
-        self._sampler_state, self.dropped = slab.sampler_states[place], slab.dropped
+        self._sampler_state = slab.sampler_states[place]
         self._next = step + 1, place + 1
         return slab.batches[place]
+
+    def _read_from(self, step: int) -> None:
+        """Begin to read ahead at a step."""
+        self.close()
+        self._restore_sampler(self._sampler_state)
+        made = self._slabs(step, self.cursor_S.copy(), dict(self.dropped))
+        self._ahead, self._slab, self._next = Prefetched(made, 0 if self.inputs.in_memory else _AHEAD), None, (step, 0)
 
     def close(self) -> None:
         """Stop reading ahead."""
@@ -265,28 +321,27 @@ class Loader:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue where `state` was taken.
+        """Continue where `state` was taken. Tasks that are new since then begin; of those that are gone nothing stays.
 
         Raises:
-            UserError: a task is not in it, or has another number of training rows now.
+            UserError: a task that it knows has other training rows now.
         """
-        names, dropped = self.streams.names, dict(state["dropped"])
-        for name, (rows, which) in zip(names, self.streams.identity, strict=True):
-            if name not in state["cursors"]:
-                raise UserError(f"checkpoint: holds no data position of task '{name}'; start a new run")
-            before, which_before = state["rows"][name]
-            if (rows, which) != (before, which_before) and name not in dropped:
-                if self.skip_changed:
-                    dropped[name] = 0
-                    continue
-                of = "the table" if name == ROWS else f"task '{name}'"
-                now = f"{rows} training rows now, had {before}" if rows != before else "other training rows now than"
-                raise UserError(
-                    f"checkpoint: {of} has {now} when it was written: the data have changed; bring them back, or start a new "
-                    "run with another --run_dir"
-                )
+        names, dropped, cursors = self.streams.names, dict(state["dropped"]), state["cursors"]
+        for name, identity in zip(names, self.streams.identity, strict=True):
+            if name not in cursors or list(identity) == list(state["rows"][name]) or name in dropped:
+                continue
+            if self.skip_changed:
+                dropped[name] = 0
+                continue
+            rows, before = identity[0], state["rows"][name][0]
+            of = "the table" if name == ROWS else f"task '{name}'"
+            now = f"{rows} training rows now, had {before}" if rows != before else "other training rows now than"
+            raise UserError(
+                f"checkpoint: {of} has {now} when it was written: the data have changed; bring them back, or start a new "
+                "run with another --run_dir"
+            )
         self.close()
-        self.cursor_S = np.array([state["cursors"][name] for name in names], dtype=np.int64)
+        self.cursor_S = np.array([cursors.get(name, 0) for name in names], dtype=np.int64)
         self.dropped, self._sampler_state = dropped, state["sampler"]
 
     def counts(self, first: int, dropped: dict[str, int]) -> Ints:
@@ -321,13 +376,10 @@ class Loader:
             rows = self._rows(count_KS, cursor_S)
             while step < end:
                 stop = min(step + size, end)
-                place, known = slice(step - first, stop - first), len(dropped)
-                batches = self._batches(rows[place], step, dropped)
-                if len(dropped) > known:
-                    self._leave_out(dropped, count_KS, first)
-                    rows = self._rows(count_KS, cursor_S)
+                place = slice(step - first, stop - first)
+                batches, lost_rows, failed = self._batches(rows[place], step)
                 states = [before] * (stop - step - 1) + [after if stop == end else before]
-                yield Slab(batches, count_KS[place], states, dict(dropped))
+                yield Slab(batches, count_KS[place], states, lost_rows, failed)
                 step, size = stop, min(4 * size, most)
             cursor_S = cursor_S + count_KS.sum(0)
 
@@ -336,41 +388,51 @@ class Loader:
             if name in dropped:
                 count_KS[max(0, dropped[name] - first) :, s] = 0
 
-    def _rows(self, count_KS: Ints, cursor_S: Ints) -> list[Ints]:
-        """This rank's rows of the part for each step, sorted by stream."""
+    def _rows(self, count_KS: Ints, cursor_S: Ints) -> list[tuple[Ints, Ints]]:
+        """Rows of the part for each step, sorted by stream, and the stream of each."""
         step_A, stream_A = np.nonzero(count_KS)
         count_A = count_KS[step_A, stream_A]
         first_A = (cursor_S + np.cumsum(count_KS, axis=0) - count_KS)[step_A, stream_A]
         within_P = np.arange(count_A.sum()) - np.repeat(np.cumsum(count_A) - count_A, count_A)
-        step_P, stream_P = np.repeat(step_A, count_A), np.repeat(stream_A, count_A)
-        position_P = np.repeat(first_A, count_A) + within_P
-        if self.ranks > 1:
-            of_step_K = count_KS.sum(1)
-            place_P = np.arange(len(step_P)) - np.repeat(np.cumsum(of_step_K) - of_step_K, of_step_K)
-            mine = (place_P % self.ranks if self.owner_S is None else self.owner_S[stream_P]) == self.rank
-            step_P, stream_P, position_P = step_P[mine], stream_P[mine], position_P[mine]
-        at_P = self.streams.rows(stream_P, position_P)
-        return np.split(at_P, np.cumsum(np.bincount(step_P, minlength=len(count_KS)))[:-1])
+        stream_P = np.repeat(stream_A, count_A)
+        at_P = self.streams.rows(stream_P, np.repeat(first_A, count_A) + within_P)
+        ends = np.cumsum(count_KS.sum(1))[:-1]
+        return list(zip(np.split(at_P, ends), np.split(stream_P, ends), strict=True))
 
-    def _batches(self, rows: list[Ints], step: int, dropped: dict[str, int]) -> list[Batch]:
-        """Batches of consecutive steps; a stream with a row that cannot be read is left out from its step on, see `dropped`."""
-        at_P = np.concatenate(rows)
+    def _batches(self, rows: list[tuple[Ints, Ints]], step: int) -> tuple[list[list[Batch]], Ints, dict[str, int]]:
+        """Batches of consecutive steps, and rows whose inputs cannot be used; or none, where a row cannot be read: then its
+        stream, and its step."""
+        deals = [
+            (at_P, deal)
+            for at_P, stream_P in rows
+            for deal in self.shard.deal(stream_P if self.streams.by_task else None, len(at_P), self.pieces)
+        ]
+        read = [at_P[deal.read] for at_P, deal in deals]
+        at_P = np.concatenate(read)
         row_P = self.part.row_R.numpy()[at_P]
         x_PF, ok_P = self.inputs.gather(row_P)
+        lost_rows = row_P[:0]
         if ok_P is not None:
-            step_P = np.repeat(np.arange(step, step + len(rows)), [len(at_B) for at_B in rows])
-            stream_P = self.streams.stream_R[at_P]
-            failed = np.flatnonzero(~ok_P & np.isin(self.inputs.chunk_N[row_P], self.inputs.failed()))[::-1]
-            from_S = np.full(len(self.streams.names), np.iinfo(np.int64).max)
-            from_S[stream_P[failed]] = step_P[failed]  # backwards: the first step stays
-            ok_P &= step_P < from_S[stream_P]
-            dropped |= {self.streams.names[s]: int(from_S[s]) for s in np.unique(stream_P[failed]).tolist()}
-            rows = [at_P[(step_P == k) & ok_P] for k in range(step, step + len(rows))]
-            at_P, x_PF = at_P[ok_P], x_PF[torch.from_numpy(ok_P)]
+            lost = np.flatnonzero(~ok_P & np.isin(self.inputs.chunk_N[row_P], self.inputs.failed()))[::-1]
+            if len(lost):
+                step_P = np.repeat(np.arange(len(read)) // self.pieces + step, [len(at_B) for at_B in read])
+                names = self.streams.names
+                found = zip(self.streams.stream_R[at_P[lost]].tolist(), step_P[lost].tolist(), strict=True)
+                return [], lost_rows, {names[s]: k for s, k in found}  # backwards: the first step stays
+            x_PF[torch.from_numpy(~ok_P)] = 0
+            lost_rows = row_P[~ok_P]
         if self.device is not None and self.device.type == "cuda":
             x_PF = x_PF.pin_memory().to(self.device, non_blocking=True)
-        at = torch.from_numpy(at_P)
-        return Batch(x_PF, self.part.row_R[at], self.part.labels.take(at)).split([len(at_B) for at_B in rows])
+        heads = [at_B if deal.heads is None else at_P[deal.heads] for at_B, (at_P, deal) in zip(read, deals, strict=True)]
+        row_R, sizes = self.part.row_R, [len(at_B) for at_B in read]
+        taken = self.labels.take(torch.from_numpy(np.concatenate(heads)))
+        labels: Sequence[Labels] = taken.split([len(at_H) for at_H in heads])
+        x, row = x_PF.split(sizes), row_R[torch.from_numpy(at_P)].split(sizes)
+        made = [
+            Batch(x_BF, row_B, of_heads, None if deal.heads is None else row_R[torch.from_numpy(at_H)], deal)
+            for x_BF, row_B, of_heads, at_H, (_, deal) in zip(x, row, labels, heads, deals, strict=True)
+        ]
+        return [made[i : i + self.pieces] for i in range(0, len(made), self.pieces)], lost_rows, {}
 
     def _state_of_sampler(self) -> dict[str, Any]:
         return self.sampler.state_dict() if hasattr(self.sampler, "state_dict") else {}
@@ -426,5 +488,5 @@ def build_streams(part: Part, inputs: Inputs, names: Sequence[str] | None, seed:
     row_R = part.row_R.numpy()
     of_chunks = row_R, inputs.chunk_N[row_R], inputs.key_C, seed
     if names is None:
-        return Streams(np.zeros(part.num_rows, dtype=np.int64), [ROWS], *of_chunks, WINDOW)
-    return Streams(part.labels.pairs().task_P.numpy(), names, *of_chunks)
+        return Streams(np.zeros(part.num_rows, dtype=np.int64), [ROWS], *of_chunks, WINDOW, by_task=False)
+    return Streams(part.task_R(), names, *of_chunks)

@@ -31,11 +31,11 @@ from rich.console import Console
 
 from mtrain.config import Config
 from mtrain.data.features import encode_categories, is_text
-from mtrain.data.labels import Patterns, _parse, select, task_names
+from mtrain.data.labels import Patterns, parse_labels, select, task_names
 from mtrain.data.prepare import UNNAMED, label_columns_of, match_inputs
-from mtrain.data.sources import local_files, open_stream, reason, require, search_folders
+from mtrain.data.sources import local_files, open_stream, require, search_folders
 from mtrain.data.splits import SOURCE
-from mtrain.data.tables import Table
+from mtrain.data.tables import Table, reason
 from mtrain.errors import UserError, nearest, some
 from mtrain.model.kinds import Multiclass
 from mtrain.report.progress import ShownProgress
@@ -205,7 +205,7 @@ class _Grid(_Source):
         for t, name in enumerate(self.number):
             where = lambda row: f"label column '{name}', {self.table.where(first + (row or 0))}"  # noqa: B023, E731
             # any text may be a class: whether it is all numbers shows only when the whole column is there
-            value_TN[t], _ = _parse(rows[name], where, self.missing, every, [Multiclass()])
+            value_TN[t], _ = parse_labels(rows[name], where, self.missing, every, [Multiclass()])
         texts = {t: rows[name] for t, name in enumerate(self.number) if is_text(rows[name].type)}
         there_TN = ~np.isnan(value_TN)
         inputs = rows.select(self.kept)
@@ -408,7 +408,8 @@ def _check_output(config: Config, beside: Path | None, output: Path) -> None:
 
 def _identity(config: Config, beside: Path | None, row_group: int) -> dict[str, Any]:
     """What must be the same when a run goes on."""
-    files = [os.stat(file) for file in local_files(config.data, beside) if os.path.isfile(file)]
+    paths = [path for each in local_files(config.data, beside).values() for path in each]
+    files = [os.stat(path) for path in paths if os.path.isfile(path)]
     changed = np.datetime64(max((file.st_mtime_ns for file in files), default=0), "ns").astype("datetime64[ms]")
     data = config.data.model_dump(mode="json", include={*_OF_SOURCE, "key", "weight", "missing_labels"})
     return {

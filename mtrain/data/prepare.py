@@ -22,14 +22,14 @@ from mtrain.config import Config, SplitConfig
 from mtrain.data import FEATURES
 from mtrain.data.batch import Grid, Pairs
 from mtrain.data.features import Encoded, encode_column, infer_feature, is_text
-from mtrain.data.files import TaskFiles, open_tasks
+from mtrain.data.files import open_tasks
 from mtrain.data.inputs import ChunkedInputs, FeatureColumn, Inputs, MemoryInputs, fitting_sample
 from mtrain.data.labels import LabelTable, read_files, read_grid, read_long, select
-from mtrain.data.loader import BY_TASK, WINDOW, Part
-from mtrain.data.sources import local_files, open_stream, open_table, require, streams
+from mtrain.data.loader import WINDOW, Part
+from mtrain.data.sources import open_data, require
 from mtrain.data.splits import SOURCE, Split, overlap, split, split_hash
 from mtrain.data.statistics import with_statistics
-from mtrain.data.tables import MappedTable, ReadError, Table
+from mtrain.data.tables import ReadError, Table
 from mtrain.errors import UserError, matches, nearest
 from mtrain.tasks import TaskTable
 
@@ -124,7 +124,8 @@ def read_source(config: Config, beside: Path | None = None) -> Source:
         UserError: anything that is wrong with the table, its labels or its inputs.
     """
     of_data = config.data
-    table, files, chunked = _open(config, beside)
+    files = open_tasks(config, beside) if of_data.layout == "files" else None
+    table, chunked = (files.table, files.streaming) if files else open_data(of_data, beside)
     columns = table.column_names if files is None else files.columns
     for name in ("key", "task", "label", "weight"):
         if (column := getattr(of_data, name)) is not None and not (files and name == "label"):
@@ -186,20 +187,6 @@ def read_source(config: Config, beside: Path | None = None) -> Source:
             raise
         return replace(source, chunked=True)  # what cannot be read is then left out task by task
     return _without_invalid(source)
-
-
-def _open(config: Config, beside: Path | None) -> tuple[Table, TaskFiles | None, bool]:
-    """The table, layout files: with its tasks, and whether inputs stream."""
-    data = config.data
-    if data.layout == "files":
-        files = open_tasks(config, beside)
-        return files.table, files, files.streaming
-    if streams(data, local_files(data, beside)):
-        return open_stream(data, beside, data.chunk_rows), None, True
-    table = MappedTable(open_table(data, beside), data.chunk_rows)
-    if len(table) == 0:
-        raise UserError(f"data.path {data.path}: the table has no rows")
-    return table, None, False
 
 
 def _encode(source: Source) -> None:
@@ -367,7 +354,7 @@ def _chunked_inputs(source: Source, train_inputs: NDArray[np.int64], seed: int, 
 def _bytes_in_use(source: Source, inputs: ChunkedInputs) -> float:
     """One chunk for each task, or all chunks if they are fewer; where rows are not drawn by task, those shuffled together."""
     size_C = np.diff(source.table.start_C)
-    if source.config.data.layout in BY_TASK:
+    if source.config.data.by_task:
         most_T = np.zeros(len(source.labels.tasks), dtype=np.int64)
         np.maximum.at(most_T, source.labels.task_P, size_C[inputs.chunk_N[source.input_U[source.labels.row_P]]])
         rows = min(most_T.sum(), size_C.sum())

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import bz2
-import csv
 import glob
-import gzip
-import lzma
+import json
 import os
-import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 import datasets
+import fsspec
+import numpy as np
+import pandas as pd
 import pyarrow as pa
 from datasets.packaged_modules.csv.csv import Csv
 from datasets.packaged_modules.json.json import Json
@@ -23,10 +21,22 @@ from datasets.packaged_modules.parquet.parquet import Parquet
 from mtrain.components import find
 from mtrain.config import DataConfig
 from mtrain.data.splits import SOURCE
-from mtrain.errors import UserError, nearest
-
-if TYPE_CHECKING:
-    from mtrain.data.tables import Table
+from mtrain.data.tables import (
+    NO_ROWS,
+    JoinedTable,
+    MappedTable,
+    ParquetTable,
+    Piece,
+    ReadError,
+    Table,
+    in_threads,
+    odd_column,
+    parquet_file,
+    reason,
+    retrying,
+)
+from mtrain.data.text import TextTable, read_header, separator_of
+from mtrain.errors import UserError, nearest, some
 
 _FORMATS = {
     "csv": "csv", "tsv": "csv", "txt": "csv", "json": "json", "jsonl": "json", "ndjson": "json",
@@ -37,7 +47,7 @@ _FORMATS = {
 _BUILDERS = {"csv": Csv, "json": Json, "parquet": Parquet}
 PYTHON = "python:"
 _LARGE = 2e9  # bytes
-_NO_ROWS = ("corresponds to no data", "BatchSize must be greater than 0")  # so `datasets` says that a table is empty
+_SPLITS_A_CALL = 25  # the time of a `load_dataset` call grows with the square of the number of its splits
 
 
 def open_table(config: DataConfig, beside: Path | None = None) -> datasets.Dataset:
@@ -50,18 +60,7 @@ def open_table(config: DataConfig, beside: Path | None = None) -> datasets.Datas
     Raises:
         UserError: no such file, unreadable file, two columns of one name, or a hub that does not answer.
     """
-    if isinstance(config.path, str) and config.path.startswith(PYTHON):
-        return _call(config.path)
-    files = _files_by_split(config, beside)
-    with quiet():
-        loaded = _load(files, config) if files else _load_hub(config)
-    if len(loaded) == 1:
-        return next(iter(loaded.values()))
-    tables = [data.add_column(SOURCE, [split] * len(data)) for split, data in loaded.items()]
-    try:
-        return datasets.concatenate_datasets(tables)
-    except (ValueError, TypeError) as error:
-        raise UserError(f"data.path: the splits {', '.join(loaded)} have different columns: {reason(error)}") from None
+    return _table(config, local_files(config, beside))
 
 
 def open_stream(config: DataConfig, beside: Path | None, chunk_rows: int) -> Table:
@@ -75,37 +74,49 @@ def open_stream(config: DataConfig, beside: Path | None, chunk_rows: int) -> Tab
     Raises:
         UserError: as `open_table`, or a hub data set that cannot be read by the chunk.
     """
-    from mtrain.data.tables import JoinedTable, MappedTable, Piece, ReadError, open_many  # which imports this module
+    return _stream(config, local_files(config, beside), chunk_rows)
 
-    if isinstance(config.path, str) and config.path.startswith(PYTHON):
-        return MappedTable(open_table(config, beside), chunk_rows)
-    files = _files_by_split(config, beside)
+
+def open_data(config: DataConfig, beside: Path | None) -> tuple[Table, bool]:
+    """Open the table that `config` names as `open_stream` or `open_table` does, and whether its inputs stream."""
+    files = local_files(config, beside)
+    if streams(config, [file for paths in files.values() for file in paths]):
+        return _stream(config, files, config.chunk_rows), True
+    return MappedTable(_table(config, files), config.chunk_rows), False
+
+
+def _table(config: DataConfig, files: dict[str, list[str]]) -> datasets.Dataset:
+    if _is_function(config):
+        return _call(str(config.path))
     with quiet():
-        if files:
-            form = _form([file for paths in files.values() for file in paths], config)
-            if form == "arrow":
-                return MappedTable(open_table(config, beside), chunk_rows)
-        else:
+        loaded = _load(files, config) if files else _load_hub(config)
+    if len(loaded) == 1:
+        return next(iter(loaded.values()))
+    tables = [data.add_column(SOURCE, [split] * len(data)) for split, data in loaded.items()]
+    try:
+        return datasets.concatenate_datasets(tables)
+    except (ValueError, TypeError) as error:
+        raise UserError(f"data.path: the splits {', '.join(loaded)} have different columns: {reason(error)}") from None
+
+
+def _stream(config: DataConfig, files: dict[str, list[str]], chunk_rows: int) -> Table:
+    form = _form([file for paths in files.values() for file in paths], config) if files else None
+    if form == "arrow" or _is_function(config):
+        return MappedTable(_table(config, files), chunk_rows)
+    with quiet():
+        if form is None:
             form, files = _hub_files(config)
         opened = open_many(list(files.values()), form, chunk_rows, config.retries)
-    tables = []
-    for table in opened:
+    tables: dict[str, Table] = {}
+    for split, table in zip(files, opened, strict=True):
         if isinstance(table, ReadError):
             raise UserError(f"data.path {table}")
-        tables.append(table)
+        tables[split] = table
     if len(tables) == 1:
-        return tables[0]
-    names = {split: sorted(table.column_names) for split, table in zip(files, tables, strict=True)}
-    first = next(iter(names))
-    for split in names:
-        for odd in sorted(set(names[first]) ^ set(names[split])):
-            here, there = (split, first) if odd in names[split] else (first, split)
-            raise UserError(
-                f"data.path: column '{odd}' is in the split {here} but not in {there}, expected the same columns in all"
-            )
-    return JoinedTable(
-        [Piece(table, constants={SOURCE: split}, name=f"split '{split}'") for split, table in zip(files, tables, strict=True)]
-    )
+        return next(iter(tables.values()))
+    if problem := odd_column({f"the split {split}": table.column_names for split, table in tables.items()}):
+        raise UserError(f"data.path: {problem}")
+    return JoinedTable([Piece(table, constants={SOURCE: split}, name=f"split '{split}'") for split, table in tables.items()])
 
 
 @contextmanager
@@ -119,12 +130,17 @@ def quiet() -> Iterator[None]:
         datasets.utils.logging.set_verbosity(verbosity)
 
 
-def local_files(config: DataConfig, beside: Path | None) -> list[str]:
-    """The files of one table; none where it comes from a hub or a function."""
-    if isinstance(config.path, str) and config.path.startswith(PYTHON):
-        return []
-    paths = config.path.values() if isinstance(config.path, dict) else [config.path]
-    return [file for each in paths for file in _files(each, config, beside)]
+def local_files(config: DataConfig, beside: Path | None) -> dict[str, list[str]]:
+    """The files of each split of one table; none where it comes from a hub or a function."""
+    if _is_function(config):
+        return {}
+    by_split = config.path if isinstance(config.path, dict) else {"train": config.path}
+    files = {split: _files(paths, config, beside) for split, paths in by_split.items()}
+    if isinstance(config.path, str) and not files["train"]:
+        return {}
+    if config.name or config.source_split:
+        raise UserError("data.name and data.source_split are for hub data sets, but data.path names files; leave them out")
+    return files
 
 
 def streams(config: DataConfig, files: Iterable[str]) -> bool:
@@ -144,6 +160,10 @@ def require(columns: list[str], wanted: str, key: str) -> str:
 def to_arrow(data: datasets.Dataset, columns: list[str]) -> pa.Table:
     """The named columns as one Arrow table; memory-mapped where the data set is."""
     return data.select_columns(columns).with_format("arrow")[:]
+
+
+def _is_function(config: DataConfig) -> bool:
+    return isinstance(config.path, str) and config.path.startswith(PYTHON)
 
 
 def _call(path: str) -> datasets.Dataset:
@@ -170,17 +190,6 @@ def search_folders(config: DataConfig, beside: Path | None) -> list[Path]:
     return list(dict.fromkeys(Path(p) for p in (root, ".", beside) if p is not None))
 
 
-def _files_by_split(config: DataConfig, beside: Path | None) -> dict[str, list[str]]:
-    """The files of each split; empty where the path can only be a hub id."""
-    by_split = config.path if isinstance(config.path, dict) else {"train": config.path}
-    files = {split: _files(paths, config, beside) for split, paths in by_split.items()}
-    if isinstance(config.path, str) and not files["train"]:
-        return {}
-    if config.name or config.source_split:
-        raise UserError("data.name and data.source_split are for hub data sets, but data.path names files; leave them out")
-    return files
-
-
 def _files(paths: str | list[str], config: DataConfig, beside: Path | None) -> list[str]:
     return [file for path in ([paths] if isinstance(paths, str) else paths) for file in _find(path, config, beside)]
 
@@ -201,9 +210,9 @@ def _find(path: str, config: DataConfig, beside: Path | None) -> list[str]:
                     f"data.path {full}: the folder holds {' and '.join(kinds)} files, expected one type; use a glob"
                 )
             return found
-        if any(c in path for c in "*?[") and (found := sorted(glob.glob(str(full), recursive=True))):
+        if is_glob(path) and (found := sorted(glob.glob(str(full), recursive=True))):
             return found
-    looks_like_a_file = format_of(path) or path.startswith((".", "/", "~")) or any(c in path for c in "*?[")
+    looks_like_a_file = format_of(path) or path.startswith((".", "/", "~")) or is_glob(path)
     if "://" not in path and (looks_like_a_file or path.count("/") != 1):
         raise UserError(
             f"data.path {path}: no such file (looked in {', '.join(str(r) for r in roots)}); "
@@ -216,6 +225,10 @@ def format_of(name: str) -> str | None:
     """csv, json, parquet or arrow, by a file's ending; compression does not matter."""
     suffixes = [s.lstrip(".").lower() for s in Path(name).suffixes]
     return next((_FORMATS[s] for s in reversed(suffixes) if s in _FORMATS), None)
+
+
+def is_glob(path: str) -> bool:
+    return any(c in path for c in "*?[")
 
 
 def _form(files: list[str], config: DataConfig) -> str:
@@ -231,13 +244,18 @@ def _load(files: dict[str, list[str]], config: DataConfig) -> dict[str, datasets
     options: dict[str, object] = {}
     if form == "csv":
         options = {"chunksize": 2**31 - 1}  # one chunk, so that a column has one type however long the file is
-        options["sep"] = separator = "\t" if ".tsv" in every[0] else ","
-        check_headers([file for file in every if "://" not in file], separator)
+        options["sep"] = separator = separator_of(every[0])
+        try:
+            headers = {file: read_header(file, separator) for file in every if "://" not in file}
+        except ReadError as error:
+            raise UserError(f"data.path {error}") from error
+        if problem := odd_column(headers):
+            raise UserError(f"data.path: {problem}")
     try:
         return datasets.load_dataset(form, data_files=files, keep_in_memory=config.in_memory, **options)
     except Exception as error:  # the libraries below raise many types for a broken file
         empty = all(os.path.getsize(file) == 0 for file in every if "://" not in file)
-        if empty or any(sign in str(error.__cause__ or error) for sign in _NO_ROWS):
+        if empty or any(sign in str(error.__cause__ or error) for sign in NO_ROWS):
             raise UserError(f"data.path {', '.join(every[:3])}: no rows, expected at least one") from error
         same = "; all files need the same columns and types" if len(every) > 1 else ""
         raise UserError(f"data.path {', '.join(every[:3])}: cannot be read as {form}: {reason(error)}{same}") from error
@@ -286,8 +304,8 @@ def hub_files(path: str, name: str | None, key: str = "", instead: str = "") -> 
     if form is None or not splits:
         raise UserError(f"{key}{path}: found no parquet, csv or json files, which alone can be read here{instead}")
     if form != "parquet":
-        separator = "\t" if ".tsv" in next(iter(splits.values()))[0] else ","
-        plain = type(builder.config)(sep=separator) if form == "csv" else type(builder.config)()
+        first = next(iter(splits.values()))[0]
+        plain = type(builder.config)(sep=separator_of(first)) if form == "csv" else type(builder.config)()
         same = ("name", "version", "data_dir", "data_files", "description")
         for option, value in vars(plain).items():
             if option not in same and getattr(builder.config, option) != value:
@@ -295,59 +313,103 @@ def hub_files(path: str, name: str | None, key: str = "", instead: str = "") -> 
     return form, splits
 
 
-def reason(error: BaseException) -> str:
-    """The innermost cause in one line."""
-    while error.__cause__ is not None:
-        error = error.__cause__
-    if isinstance(error, StopIteration) or any(sign in str(error) for sign in _NO_ROWS):
-        return "no rows, expected at least one"
-    if isinstance(error, UnicodeDecodeError):
-        return f"not UTF-8 text ({error.reason} at byte {error.start}); if it is text, convert it: iconv -f latin1 -t utf-8"
-    lines = [line.strip() for line in str(error).strip().splitlines()]
-    return f"{type(error).__name__}: {' '.join(lines[:3])[:300]}"
+def open_many(groups: Sequence[Sequence[str]], form: str, chunk_rows: int, retries: int) -> list[Table | ReadError]:
+    """A table for each list of files, to be read by the chunk, or what is wrong with it.
 
+    Args:
+        form: csv, json, parquet, or arrow, which is memory-mapped.
+    """
+    if form == "arrow":
+        return open_mapped(groups, form, chunk_rows)
 
-def check_headers(files: list[str], separator: str) -> None:
-    """Refuse what pandas would pass over: equal names, rows shifted against the header, other columns in another file."""
-    expected: list[str] = []
-    for file in files:
-        names = _header(file, separator)
-        if expected and set(names) != set(expected):
-            odd = sorted(set(names) ^ set(expected))[0]
-            here, there = (file, files[0]) if odd in names else (files[0], file)
-            raise UserError(
-                f"data.path: column '{odd}' is in {here} but not in {there}, expected the same columns in all files"
+    def open_one(files: Sequence[str]) -> Table | ReadError:
+        try:
+            return (
+                ParquetTable(files, chunk_rows, retries) if form == "parquet" else TextTable(files, form, chunk_rows, retries)
             )
-        expected = expected or names
+        except ReadError as error:
+            return error
+
+    return in_threads(open_one, groups)
 
 
-def check_separator(what: str, names: Sequence[str]) -> None:
-    """Refuse a header that was not divided into columns."""
-    other = next((c for c in ";\t,|" if len(names) == 1 and c in names[0]), None)
-    if other is not None:
-        wanted = "commas in a .csv, tabs in a .tsv"
-        raise UserError(f"{what}: its columns seem to be separated by {other!r}, expected {wanted}; convert it")
+def open_mapped(groups: Sequence[Sequence[str]], form: str, chunk_rows: int) -> list[Table | ReadError]:
+    """A table for each list of files, converted by `datasets` to its cache and memory-mapped, or what is wrong with it."""
+    opened: dict[int, Table | ReadError] = {}
+    alike: dict[Hashable, list[int]] = {}
+    rows: dict[int, int] = {}
+    for g, found in enumerate(in_threads(lambda files: _signature(files, form), groups)):
+        if isinstance(found, ReadError):
+            opened[g] = found
+        else:
+            alike.setdefault(g if found[0] is None else found[0], []).append(g)
+            rows[g] = found[1]
+    most = len(groups) if form == "parquet" else _SPLITS_A_CALL
+    with quiet():
+        for every in alike.values():
+            for together in (every[i : i + most] for i in range(0, len(every), most)):
+                try:
+                    opened |= zip(
+                        together,
+                        _map([groups[g] for g in together], form, chunk_rows, [rows[g] for g in together]),
+                        strict=True,
+                    )
+                except Exception:  # one of them is broken; whichever it is says so by itself
+                    opened |= {g: _map_one(groups[g], form, chunk_rows, rows[g]) for g in together}
+    return [opened[g] for g in range(len(groups))]
 
 
-def _header(file: str, separator: str) -> list[str]:
-    openers: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
-    csv.field_size_limit(2**31 - 1)
+def _map_one(files: Sequence[str], form: str, chunk_rows: int, num_rows: int) -> Table | ReadError:
     try:
-        with openers.get(Path(file).suffix, open)(file, "rt", newline="", encoding="utf-8-sig") as stream:
-            reader = csv.reader(stream, delimiter=separator)
-            names, first = next(reader, []), next(reader, [])
-    except (OSError, EOFError, ValueError, csv.Error, lzma.LZMAError, zlib.error) as error:
-        raise UserError(f"data.path {file}: cannot be read as csv: {reason(error)}") from error
-    if not names:
-        raise UserError(f"data.path {file}: the file is empty, expected a header and rows")
-    if "\0" in "".join(names):
-        raise UserError(f"data.path {file}: holds binary data, expected CSV text; set data.format if it is of another type")
-    twice = next((name for i, name in enumerate(names) if name in names[:i]), None)
-    if twice is not None:
-        raise UserError(f"data.path {file}: two columns are named '{twice}', expected unique names; rename one")
-    check_separator(f"data.path {file}", names)
-    if len(first) > len(names):
-        raise UserError(
-            f"data.path {file}: row 1 has {len(first)} values but the header {len(names)} names; mend the header or the row"
-        )
-    return names
+        return retrying(lambda: _map([files], form, chunk_rows, [num_rows])[0], 0, ", ".join(files[:3]))
+    except ReadError as error:
+        return error
+
+
+def _map(groups: Sequence[Sequence[str]], form: str, chunk_rows: int, rows: Sequence[int]) -> list[Table]:
+    """Tables of one schema with one call. Where rows are known (Parquet) they are parts of one split, else each has its own."""
+    names = [some(list(files), 1) for files in groups]
+    paths = [[file if "://" in file else glob.escape(file) for file in files] for files in groups]
+    if form == "parquet":
+        data = datasets.load_dataset(form, data_files=[path for each in paths for path in each], split="train")
+        first = np.cumsum([0, *rows]).tolist()
+        if len(data) != first[-1]:
+            raise ReadError(f"{groups[0][0]}: its rows changed while it was read, or those of a file beside it")
+        return [MappedTable(data, chunk_rows, range(*first[i : i + 2]), name) for i, name in enumerate(names)]
+    # one chunk, so that a column has one type however long the file is
+    options = {"sep": separator_of(groups[0][0]), "chunksize": 2**31 - 1} if form == "csv" else {}
+    found = datasets.load_dataset(form, data_files={f"g{i}": each for i, each in enumerate(paths)}, **options)
+    return [MappedTable(found[f"g{i}"], chunk_rows, name=name) for i, name in enumerate(names)]
+
+
+def _signature(files: Sequence[str], form: str) -> tuple[Hashable, int] | ReadError:
+    """What tables that are converted together have in common (None: unknown), and the number of rows if they are Parquet."""
+    if form == "arrow" or (form != "parquet" and any("://" in file for file in files)):
+        return None, 0
+    try:
+        found = [retrying(lambda file=file: _peek(file, form), 0, file) for file in files]  # type: ignore[misc]
+    except ReadError as error:
+        return error
+    rows = sum(each[1] for each in found)
+    if form == "parquet" and not rows:
+        return ReadError(f"{', '.join(files[:3])}: no rows, expected at least one")
+    return found[0][0] if len({each[0] for each in found}) == 1 else None, rows
+
+
+def _peek(file: str, form: str) -> tuple[Hashable, int]:
+    if form == "parquet":
+        with parquet_file(file) as (_, opened):
+            return str(opened.schema_arrow.remove_metadata()), opened.metadata.num_rows
+    if form == "csv":
+        separator = separator_of(file)
+        read_header(file, separator)
+        first_rows = pd.read_csv(file, sep=separator, nrows=1000)
+        if first_rows.empty:
+            raise ReadError(f"{file}: no rows, expected at least one")
+        return (separator, *((name, str(kind)) for name, kind in first_rows.dtypes.items())), 0
+    try:
+        with fsspec.open(file, "rt", compression="infer", encoding="utf-8") as stream:
+            first = json.loads(stream.readline())
+    except ValueError:  # one list over several lines
+        return file, 0
+    return tuple((name, type(value).__name__) for name, value in first.items()) if isinstance(first, dict) else file, 0

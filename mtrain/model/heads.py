@@ -213,7 +213,7 @@ class HeadGroup(nn.Module):
         names: the tasks' names.
         sizes: number of outputs of each.
         task_ids: their positions in the bank.
-        widths: input and hidden widths.
+        widths: input, hidden and (padded) output widths.
 
     Attributes:
         weights, biases: for each layer a stack `[T_g, out, in]` and `[T_g, out]`; `parameters()` gives weights first.
@@ -235,21 +235,31 @@ class HeadGroup(nn.Module):
         seed: int,
     ):
         super().__init__()
-        self.names, self.outputs = list(names), max(sizes)
+        self.names, self.outputs = list(names), widths[-1]
         self.activation, self.dropout = activation, dropout
-        self.register_buffer("task_ids", torch.tensor(task_ids), persistent=False)
-        self.register_buffer("sizes", torch.tensor(sizes), persistent=False)
+        self.register_buffer("task_ids", torch.tensor(task_ids, dtype=torch.int64), persistent=False)
+        self.register_buffer("sizes", torch.tensor(sizes, dtype=torch.int64), persistent=False)
         pad_TO = torch.arange(self.outputs) >= self.sizes[:, None]
         self.register_buffer("pad_TO", pad_TO if pad_TO.any() else None, persistent=False)
         self.weights, self.biases = nn.ParameterList(), nn.ParameterList()
-        widths = [*widths, self.outputs]
         for d_in, d_out in pairwise(widths):
             self.weights.append(nn.Parameter(torch.zeros(len(names), d_out, d_in)))
             self.biases.append(nn.Parameter(torch.zeros(len(names), d_out)))
         self.reset_parameters(seed)
         for layer, width in enumerate(widths[1:-1] if dropout else ()):
-            salt_T = torch.tensor([stable_hash("dropout", name, layer) for name in names])
+            salt_T = torch.tensor([stable_hash("dropout", name, layer) for name in names], dtype=torch.int64)
             self.register_buffer(f"constants_{layer}", unit_constants(salt_T, width), persistent=False)
+
+    @torch.no_grad()
+    def start_equal(self, name: str, outputs: int, seed: int) -> None:
+        """Each head as the one of this name and number of outputs begins."""
+        widths = [stack.shape[2] for stack in self.weights] + [self.outputs]
+        one = HeadGroup([name], [outputs], [0], widths, self.activation, 0.0, seed)
+        for stack, start in zip(self.parameters(), one.parameters(), strict=True):
+            stack.copy_(start.expand_as(stack))
+        if self.pad_TO is not None:
+            self.weights[-1][self.pad_TO] = 0
+            self.biases[-1][self.pad_TO] = 0
 
     @torch.no_grad()
     def reset_parameters(self, seed: int) -> None:
@@ -340,9 +350,12 @@ class HeadBank(nn.Module):
         dropout: probability of zeroing a hidden unit in training.
         keys: the kind of each task; only tasks of equal keys share a group.
         seed: of the initial values.
+        here: positions in `names` of the heads to hold, ascending; None: all. Groups and their padding are those of all
+            tasks, so that they correspond on every rank; a group may hold no head. `names` are then the held ones.
 
     Attributes:
         groups: the `HeadGroup`s. `group.task_ids` are positions in `names`.
+        largest: name and number of outputs of each group's largest head, held here or not.
         group_T, local_T: each task's group, and its place in that group.
 
     Raises:
@@ -364,6 +377,7 @@ class HeadBank(nn.Module):
         dropout: float = 0.0,
         keys: Sequence[Hashable] | None = None,
         seed: int = 0,
+        here: Sequence[int] | None = None,
     ):
         super().__init__()
         self.names, self.outputs, self.in_features = list(names), list(outputs), in_features
@@ -387,9 +401,17 @@ class HeadBank(nn.Module):
         members = [[i for i, k in enumerate(keys) if k == key] for key in dict.fromkeys(keys)]
         grouped = [[ids[i] for i in group] for ids in members for group in group_by_size([self.outputs[i] for i in ids])]
         widths = (in_features, *self.hidden)
+        largest = [max(ids, key=lambda i: self.outputs[i]) for ids in grouped]
+        self.largest = [(self.names[i], self.outputs[i]) for i in largest]
+        if here is not None:
+            place = {i: place for place, i in enumerate(here)}
+            grouped = [[place[i] for i in ids if i in place] for ids in grouped]
+            self.names, self.outputs = [self.names[i] for i in here], [self.outputs[i] for i in here]
         groups = (
-            HeadGroup([self.names[i] for i in ids], [self.outputs[i] for i in ids], ids, widths, activation, dropout, seed)
-            for ids in grouped
+            HeadGroup(
+                [self.names[i] for i in ids], [self.outputs[i] for i in ids], ids, (*widths, out), activation, dropout, seed
+            )
+            for ids, out in zip(grouped, [out for _, out in self.largest], strict=True)
         )
         self.groups = cast(Sequence[HeadGroup], nn.ModuleList(groups))
         group_T, local_T = torch.empty(2, len(self.names), dtype=torch.int64)
@@ -397,7 +419,8 @@ class HeadBank(nn.Module):
             group_T[ids] = index
             local_T[ids] = torch.arange(len(ids))
         # plain attributes, not buffers: routes are computed on the CPU
-        self.ids, self.group_T, self.local_T = [torch.tensor(ids) for ids in grouped], group_T, local_T
+        self.ids = [torch.tensor(ids, dtype=torch.int64) for ids in grouped]
+        self.group_T, self.local_T = group_T, local_T
 
     def route(self, task_P: Tensor, row_P: Tensor | None = None) -> list[Route]:
         """A `Route` for each group that has labels. `task_P`: each label's task (position in `names`); `row_P`: its row

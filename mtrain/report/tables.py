@@ -16,6 +16,7 @@ from mtrain.config import Config
 from mtrain.data.batch import Grid
 from mtrain.data.prepare import Prepared, Source
 from mtrain.errors import some
+from mtrain.parallel.plan import Plan
 from mtrain.report.estimate import estimate
 
 SHOWN_TASKS = 20
@@ -59,6 +60,18 @@ def _number(value: float | None, sd: float | None = None) -> str:
     if value is None:
         return "-"
     return f"{value:.4f}" + (f" ± {sd:.4f}" if sd is not None else "")
+
+
+def print_plan(plan: Plan, wrapper: str, console: Console) -> None:
+    """In a line: how many processes, and who has which tasks."""
+    hot = f", {len(plan.hot)} on all of them" if len(plan.hot) else ""
+    counts = np.bincount(plan.owner_T[plan.owner_T >= 0], minlength=plan.ranks)
+    console.print(
+        f"{plan.ranks} processes ({wrapper}); heads of {len(plan.names)} tasks: {counts.min()} to {counts.max()} a "
+        f"process{hot}; mode {plan.mode}: {plan.why}",
+        highlight=False,
+        soft_wrap=True,
+    )
 
 
 def print_tasks(source: Source, data: Prepared, config: Config, console: Console) -> None:

@@ -18,6 +18,7 @@ from mtrain.data.loader import Part
 from mtrain.errors import UserError, nearest
 from mtrain.model.heads import HeadBank
 from mtrain.model.metrics import METRICS, Scored, ScoreOptions, best_f1_threshold, summarize
+from mtrain.parallel.shard import Shard
 from mtrain.tasks import TaskTable
 from mtrain.train.objective import SCALE_FLOOR, Objective, Piece, pieces, routes
 
@@ -48,11 +49,26 @@ class Scores:
         return float("nan") if found is None else float(found)
 
 
+@dataclass(frozen=True)
+class Counted:
+    """Of a rank's labels: sums by task of deviances and of the constant's, numbers of labels; and by family of metrics the
+    task, row, label and prediction of each."""
+
+    deviance_T: NDArray[np.float64]
+    constant_T: NDArray[np.float64]
+    count_T: Ints
+    collected: dict[str, list[tuple[NDArray[Any], ...]]]
+
+
 class Evaluator:
-    """Scores parts with the model as it is.
+    """Scores parts with the model as it is. Every rank takes part and gets the scores.
 
     Args:
+        tasks: all tasks.
         model: shared network, `model(x_BF)` to `z_BD`.
+        bank, objective: of this rank's tasks.
+        shard: which tasks those are.
+        by_task: whether a row belongs to one task.
         min_per_class: fewest positives and negatives of a task for its ranking metrics.
     """
 
@@ -62,14 +78,16 @@ class Evaluator:
         model: nn.Module,
         bank: HeadBank,
         objective: Objective,
+        shard: Shard,
+        by_task: bool,
         min_per_class: int,
         device: torch.device,
     ):
         self.tasks, self.model, self.bank, self.objective = tasks, model, bank, objective
-        self.min_per_class, self.device = min_per_class, device
+        self.shard, self.by_task, self.min_per_class, self.device = shard, by_task, min_per_class, device
         width = int(tasks.num_outputs_T.max())
-        constant_TO = np.zeros((len(tasks), width), dtype=np.float32)
-        for row, logits in zip(constant_TO, tasks.stats["constant"], strict=True):
+        constant_TO = np.zeros((len(shard.own), width), dtype=np.float32)
+        for row, logits in zip(constant_TO, tasks.stats["constant"][shard.own], strict=True):
             row[: len(logits)] = np.nan_to_num(logits)
         self.constant_TO = torch.from_numpy(constant_TO).to(device)
         self.center_T, self.scale_T = tasks.stats["center"], tasks.stats["scale"]
@@ -99,6 +117,12 @@ class Evaluator:
             threshold_T: thresholds of F1; NaN or None: 0.5.
             choose_threshold: choose them here instead, and return them.
         """
+        counted = self.shard.world.gather_to_first(self._count(inputs, part))
+        scores = None if counted is None else self._scores(counted, only, threshold_T, choose_threshold)
+        return self.shard.world.from_first(scores)  # type: ignore[return-value]
+
+    def _count(self, inputs: Inputs, part: Part) -> Counted:
+        """What this rank's heads give on a part."""
         deviance_T, constant_T = np.zeros((2, len(self.tasks)))
         count_T = np.zeros(len(self.tasks), dtype=np.int64)
         collected: dict[str, list[tuple[NDArray[Any], ...]]] = defaultdict(list)
@@ -107,7 +131,7 @@ class Evaluator:
             constant = replace(piece, logits=self._constant_logits(piece))
             for total_T, which in ((deviance_T, piece), (constant_T, constant)):
                 sums = piece.sum(self.objective.deviances(which).double())
-                total_T[piece.task_A.cpu().numpy()] += sums.cpu().numpy()
+                total_T[self.shard.own[piece.task_A.cpu().numpy()]] += sums.cpu().numpy()
             count_T += np.bincount(task_P, minlength=len(self.tasks))
             prediction = self.objective.predict(piece)
             if kind.family != "multiclass":
@@ -119,7 +143,17 @@ class Evaluator:
                 assert original_P is not None
                 y_P = original_P
             collected[kind.family].append((task_P, row_P, y_P, pred_P))
+        return Counted(deviance_T, constant_T, count_T, dict(collected))
 
+    def _scores(
+        self, counted: list[Counted], only: Collection[str] | None, threshold_T: NDArray[np.float64] | None, choose: bool
+    ) -> Scores:
+        """The scores of what all ranks counted."""
+        deviance_T, constant_T = (np.sum([getattr(c, what) for c in counted], 0) for what in ("deviance_T", "constant_T"))
+        count_T = np.sum([c.count_T for c in counted], 0)
+        collected: dict[str, list[tuple[NDArray[Any], ...]]] = defaultdict(list)
+        for family, found in (item for one in counted for item in one.collected.items()):
+            collected[family] += found
         with np.errstate(invalid="ignore", divide="ignore"):
             skill_T = np.where(constant_T > PERFECT * count_T, 1 - deviance_T / constant_T, np.nan)
             per_task = {"skill": skill_T, "deviance": deviance_T / count_T}
@@ -132,7 +166,7 @@ class Evaluator:
         pooled: dict[str, list[tuple[float, int, int]]] = defaultdict(list)
         for family, found in collected.items():
             scored = _scored(found, len(self.tasks))
-            if family == "binary" and choose_threshold:
+            if family == "binary" and choose:
                 threshold_T = best_f1_threshold(scored)
             options = ScoreOptions(self.min_per_class, threshold_T)
             ranked = int(np.count_nonzero(scored.count_T))
@@ -165,12 +199,12 @@ class Evaluator:
     def _run(self, inputs: Inputs, part: Part) -> Iterator[tuple[Piece, Ints, Ints, Any, NDArray[np.float64] | None]]:
         """Pieces of all batches; of each label the row, the task, where it is in the piece, and its original value."""
         with _evaluating(self.model, self.bank), torch.no_grad():
-            for batch, original in part.batches(inputs, EVAL_ROWS):
+            for batch, original in part.batches(inputs, EVAL_ROWS, self.shard, self.by_task):
                 needed = routes(self.bank, batch.labels)
-                row_of_B = batch.row_B.numpy()
+                row_of_H = (batch.row_B if batch.row_H is None else batch.row_H).numpy()
                 batch = batch.to(self.device)
-                z_BD = self.model(batch.x_BF).float()
-                for i, piece in enumerate(self._averaged(list(pieces(self.bank, z_BD, batch.labels, needed)))):
+                z_HD = self.shard.to_heads(self.model(batch.x_BF).float(), batch.deal)
+                for i, piece in enumerate(self._averaged(list(pieces(self.bank, z_HD, batch.labels, needed)))):
                     if piece.present is not None:
                         row_P, slot_P = piece.present.nonzero(as_tuple=True)
                         at: Any = (row_P, slot_P)
@@ -183,12 +217,12 @@ class Evaluator:
                         y_P = original.y_BT[row_P, task_P].numpy()
                     elif original is not None:
                         y_P = original.y_P[needed[i].label_P % len(original.y_P)].numpy()
-                    yield piece, row_of_B[row_P.numpy()], task_P.numpy(), at, y_P
+                    yield piece, row_of_H[row_P.numpy()], self.shard.own[task_P.numpy()], at, y_P
 
     def _averaged(self, found: list[Piece]) -> list[Piece]:
         """The pieces of an ensemble's members, which follow each other, as one with the mean of their logits."""
-        members = len(self.bank.names) // len(self.tasks)
-        if members == 1:
+        members = len(self.bank.names) // max(1, len(self.shard.own))
+        if members <= 1:
             return found
         groups = len(found) // members
         logits = [torch.stack([piece.logits for piece in found[i::groups]]).mean(0) for i in range(groups)]

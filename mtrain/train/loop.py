@@ -6,10 +6,8 @@ import math
 import resource
 import signal
 import sys
-import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,29 +23,38 @@ from mtrain.balance import BALANCERS
 from mtrain.components import build
 from mtrain.config import Config, TrainConfig
 from mtrain.data.batch import Pairs
-from mtrain.data.loader import BY_TASK, Loader, Part, build_streams
+from mtrain.data.loader import Loader, Part, build_streams
 from mtrain.data.prepare import Prepared
 from mtrain.data.samplers import SAMPLERS, Equal, Sampler, draw
 from mtrain.errors import UserError, some
 from mtrain.model.heads import HeadBank
 from mtrain.model.trunks import SharedModel, build_shared
+from mtrain.parallel.plan import make_plan
+from mtrain.parallel.shard import Shard
+from mtrain.parallel.workload import workload
+from mtrain.parallel.world import World
+from mtrain.parallel.wrap import check_trunk, check_wrapper
 from mtrain.report.progress import TrainingProgress
 from mtrain.tasks import TaskTable
+from mtrain.train.checkpoint import Saved, Snapshot
 from mtrain.train.evaluate import HIGHER_IS_BETTER, Evaluator, Scores, flatten
-from mtrain.train.objective import Objective, expected_share
+from mtrain.train.objective import Objective, coefficients, expected_share
 from mtrain.train.optim import HeadAdamW
 from mtrain.train.run_dir import RunDir
-from mtrain.train.step import Stepper, Totals
+from mtrain.train.state import by_task, head_stacks, trunk_tensors
+from mtrain.train.step import Stepper, Totals, count
+from mtrain.train.stop import Preempted, stop_signals
 from mtrain.train.tracker import Tracker
 
 DEFAULT_EPOCHS = 30.0
+MEMBER = ", member "  # between a task's name and the number of a member, in the names of an ensemble's heads
 
 
-def build_bank(tasks: TaskTable, config: Config, shared: SharedModel) -> HeadBank:
-    """The heads of all tasks; for a trunk with several members, of all tasks and members."""
+def build_bank(tasks: TaskTable, config: Config, shared: SharedModel, own: NDArray[np.int64] | None = None) -> HeadBank:
+    """The heads of all tasks, or of a rank's `own`; for a trunk with several members, of all these tasks and members."""
     head, members = config.model.head, range(shared.members)
     bank = HeadBank(
-        [name if m == 0 else f"{name}, member {m}" for m in members for name in tasks.names],
+        [name if m == 0 else f"{name}{MEMBER}{m}" for m in members for name in tasks.names],
         tasks.num_outputs_T.tolist() * len(members),
         shared.out_features,
         hidden=head.hidden,
@@ -55,16 +62,14 @@ def build_bank(tasks: TaskTable, config: Config, shared: SharedModel) -> HeadBan
         dropout=head.dropout,
         keys=[(m, task.kind.group_key) for m in members for task in tasks],
         seed=config.train.seed,
+        here=None if own is None else [int(m * len(tasks) + t) for m in members for t in own],
     )
+    if own is not None:
+        tasks = tasks.take(own)
     with torch.no_grad():
-        for group in bank.groups:
+        for group, (name, outputs) in zip(bank.groups, bank.largest, strict=True):
             if head.toward_shared:
-                largest = int(np.argmax(group.sizes))
-                for stack in group.parameters():
-                    stack.copy_(stack[largest].expand_as(stack).clone())
-                if group.pad_TO is not None:
-                    group.weights[-1][group.pad_TO] = 0
-                    group.biases[-1][group.pad_TO] = 0
+                group.start_equal(name, outputs, config.train.seed)
             if head.bias == "constant":
                 constants = [tasks.stats["constant"][int(t) % len(tasks)] for t in group.task_ids]
                 for bias, logits in zip(group.biases[-1], constants, strict=True):
@@ -79,7 +84,7 @@ def build_sampler(config: Config, steps: int) -> Sampler:
 
 def sampling_probabilities(prepared: Prepared, config: Config) -> NDArray[np.float64] | None:
     """Probability of each task in the first training batches; None where rows are not drawn by task."""
-    if config.data.layout not in BY_TASK:
+    if not config.data.by_task:
         return None
     part = prepared.parts["train"]
     rows_T = part.labels.count_T().numpy()
@@ -87,17 +92,28 @@ def sampling_probabilities(prepared: Prepared, config: Config) -> NDArray[np.flo
     return draw(build_sampler(config, steps), rows_T)
 
 
-def build_loader(prepared: Prepared, config: Config, part: Part, device: torch.device | None = None) -> Loader:
-    """The training batches of a part: drawn by task where a row belongs to one."""
-    by_task = config.data.layout in BY_TASK
+def build_loader(
+    prepared: Prepared, config: Config, part: Part, device: torch.device | None = None, shard: Shard | None = None
+) -> Loader:
+    """The training batches of a part: drawn by task where a row belongs to one. Without a shard, of one process."""
+    by_task = config.data.by_task
     size, seed = config.train.global_batch, config.train.seed
     if not by_task:
         size = min(size, part.num_rows)
     streams = build_streams(part, prepared.inputs, prepared.tasks.names if by_task else None, seed)
     steps = training_steps(config.train, -(-part.num_rows // size))
-    sampler = build_sampler(config, steps) if by_task else Equal()
-    skips = config.data.on_error == "skip_task"
-    return Loader(prepared.inputs, part, streams, sampler, size, seed, device=device, skip_changed=skips)
+    return Loader(
+        prepared.inputs,
+        part,
+        streams,
+        build_sampler(config, steps) if by_task else Equal(),
+        size,
+        seed,
+        shard=shard,
+        pieces=-(-size // (config.train.micro_batch or size)),
+        device=device,
+        skip_changed=config.data.on_error == "skip_task",
+    )
 
 
 def joined(parts: list[Part], num_tasks: int) -> Part:
@@ -156,13 +172,20 @@ class Phase:
 
 
 class Trainer:
-    """Everything of one run on one split. `run()` trains (or continues) and returns the summary."""
+    """Everything of one run on one split. `run()` trains (or continues) and returns the summary. Every rank has one."""
 
     def __init__(
-        self, prepared: Prepared, config: Config, run_dir: RunDir, accelerator: Accelerator, tracker: Tracker, console: Console
+        self,
+        prepared: Prepared,
+        config: Config,
+        run_dir: RunDir,
+        accelerator: Accelerator,
+        world: World,
+        tracker: Tracker,
+        console: Console,
     ):
         self.prepared, self.config, self.run_dir = prepared, config, run_dir
-        self.accelerator, self.tracker, self.console = accelerator, tracker, console
+        self.accelerator, self.world, self.tracker, self.console = accelerator, world, tracker, console
         self.tasks = prepared.tasks
         self.sampling_T = sampling_probabilities(prepared, config)
         self.run_id: str | None = None
@@ -178,58 +201,69 @@ class Trainer:
         self.accelerator.free_memory()
         self.bad_steps = 0
         self.shared: SharedModel = build_shared(config.model, self.prepared.inputs.width, train.seed)
-        self.bank = build_bank(self.tasks, config, self.shared).to(device)
+        self.work = workload(self.tasks, self.prepared.parts["train"].labels, config, self.shared, self.sampling_T)
+        self.plan = make_plan(self.work, self.world.size)
+        self.shard = Shard(self.world, self.plan)
+        self.bank = build_bank(self.tasks, config, self.shared, self.shard.own).to(device)
         if config.init_from:
-            self.taken = load_start(RunDir(Path(config.init_from)), self.tasks, self.shared, self.bank)
+            self.taken = load_start(RunDir(Path(config.init_from)), config, self.tasks, self.shared, self.bank)
         if "trunk" in config.freeze:
             self.shared.requires_grad_(False).eval()
         parameters = [p for p in self.shared.parameters() if p.requires_grad]
-        trunk_optimizer = None
+        self.trunk_optimizer = None
         if parameters:
-            trunk_optimizer = torch.optim.AdamW(
+            self.trunk_optimizer = torch.optim.AdamW(
                 parameters, lr=train.lr, betas=train.betas, weight_decay=train.weight_decay, fused=True
             )
-        head_optimizer = None
+        self.head_optimizer = None
         if "heads" in config.freeze:
             self.bank.eval()
         else:
             decay = train.head_weight_decay
-            head_optimizer = HeadAdamW(
+            self.head_optimizer = HeadAdamW(
                 self.bank,
                 lr=train.head_lr or train.lr,
                 betas=train.betas,
                 weight_decay=train.weight_decay if decay is None else decay,
                 max_norm=train.head_clip,
             )
-        if trunk_optimizer is None and head_optimizer is None:
+        if self.trunk_optimizer is None and self.head_optimizer is None:
             raise UserError("freeze: trunk and heads are both frozen or empty; nothing is left to train")
-        if trunk_optimizer is not None:
-            model, trunk_optimizer = self.accelerator.prepare(self.shared, trunk_optimizer)
+        if self.trunk_optimizer is not None:
+            check_trunk(self.shared, self.accelerator)
+            model, self.trunk_optimizer = self.accelerator.prepare(self.shared, self.trunk_optimizer)
+            check_wrapper(model, self.accelerator)
         else:
             model = self.shared.to(device)
         if train.compile:
             model = torch.compile(model)
-        self.objective = Objective(self.tasks, self.bank, config.objective, self.sampling_T, device)
+        own_tasks = self.tasks if self.shard.has_all else self.tasks.take(self.shard.own)
+        self.objective = Objective(own_tasks, self.bank, device)
+        coefficient_T = coefficients(self.tasks, config.objective, self.sampling_T)
         self.stepper = Stepper(
             self.accelerator,
             model,
             self.bank,
+            self.shard,
             self.objective,
+            torch.tensor(coefficient_T, dtype=torch.float32, device=device),
             build(config.objective.balancer, BALANCERS, "objective.balancer"),
-            trunk_optimizer,
-            head_optimizer,
+            self.trunk_optimizer,
+            self.head_optimizer,
             train,
             config.model.head,
-            self.tasks.stats["train_labels"],
+            own_tasks.stats["train_labels"],
+            self.shared.members,
         )
-        self.optimizers = [o for o in (trunk_optimizer, head_optimizer) if o is not None]
+        self.optimizers = [o for o in (self.trunk_optimizer, self.head_optimizer) if o is not None]
         self.base_lrs = [[group["lr"] for group in o.param_groups] for o in self.optimizers]
         self.evaluator = Evaluator(
-            self.tasks, model, self.bank, self.objective, config.select.min_per_class, self.accelerator.device
+            self.tasks, model, self.bank, self.objective, self.shard, config.data.by_task, config.select.min_per_class, device
         )
 
-    def run(self) -> dict[str, Any]:
-        state = self.run_dir.checkpoints.latest()
+    def run(self, start: Saved | None = None) -> dict[str, Any]:
+        """Train from a checkpoint of this run, or from the start."""
+        state = None if start is None else start.state
         if self.config.init_from and state is None:
             fresh = len(self.tasks) - len(self.taken)
             self.console.print(f"init_from: trunk and {len(self.taken)} heads taken over, heads that start fresh: {fresh}")
@@ -237,26 +271,28 @@ class Trainer:
             vars(self.selection).update(state["selection"])
             self.seconds, self.rows, self.run_id = state["seconds"], state["rows"], state["run_id"]
             self.waited, self.in_steps = state["waited"], state["in_steps"]
-        self.run_id = self.tracker.start(self.accelerator, self.run_dir.path, self.config.model_dump(mode="json"), self.run_id)
+        config = self.config.model_dump(mode="json")
+        self.run_id = self.world.from_first(self.tracker.start(self.accelerator, self.run_dir.path, config, self.run_id))
         try:
-            return self._run(state)
+            return self._run(start)
         finally:
             self.tracker.finish()
 
-    def _run(self, state: dict[str, Any] | None) -> dict[str, Any]:
+    def _run(self, start: Saved | None) -> dict[str, Any]:
         parts, inputs = self.prepared.parts, self.prepared.inputs
-        in_refit = state is not None and state["phase"] == "refit"
-        fit_steps = state["offset"] if state is not None and in_refit else 0
+        in_refit = start is not None and start.state["phase"] == "refit"
+        fit_steps = start.state["offset"] if start is not None and in_refit else 0
         if not in_refit:
-            fit_steps = self._train(self._phase("fit", parts["train"], 0), state)
-        self._load_model(self.run_dir.checkpoints.best())
+            fit_steps = self._train(self._phase("fit", parts["train"], 0), start)
+        if self.selection.step != fit_steps or in_refit:
+            self._load_model(self.run_dir.checkpoints.at(self.selection.step))
         scores: dict[str, Scores] = {}
         if "valid" in parts:
             scores["valid"] = self.evaluator.score(inputs, parts["valid"], choose_threshold=True)
         if self.config.split.refit:
             self._build()
             phase = self._phase("refit", joined([parts["train"], parts["valid"]], len(self.tasks)), fit_steps)
-            self._train(phase, state if in_refit else None)
+            self._train(phase, start if in_refit else None)
         if "test" in parts:
             threshold_T = scores["valid"].threshold_T if scores else None
             scores["test"] = self.evaluator.score(inputs, parts["test"], threshold_T=threshold_T)
@@ -264,7 +300,7 @@ class Trainer:
 
     def _phase(self, name: str, part: Part, offset: int) -> Phase:
         train = self.config.train
-        loader = build_loader(self.prepared, self.config, part, self.accelerator.device)
+        loader = build_loader(self.prepared, self.config, part, self.accelerator.device, self.shard)
         per_epoch = loader.steps_per_epoch
         total = training_steps(train, per_epoch)
         stop = total
@@ -273,31 +309,29 @@ class Trainer:
             stop = max(1, round(self.selection.step * growth))
         return Phase(name, part, offset, total, stop, max(1, round(train.eval_every * per_epoch)), per_epoch, loader)
 
-    def _train(self, phase: Phase, state: dict[str, Any] | None) -> int:
+    def _train(self, phase: Phase, start: Saved | None) -> int:
         """Train a phase to its end; returns the number of its last step.
 
         Raises:
-            KeyboardInterrupt: Ctrl-C was pressed; the step was finished and a checkpoint written.
+            Preempted: a signal asked to stop; the step was finished and a checkpoint written.
         """
-        step, select = 0, self.config.select
+        step, select, every = 0, self.config.select, self.config.train.save_every
         totals = Totals(len(self.tasks), self.accelerator.device)
-        if state is not None:
-            step = state["step"]
-            self._load_state(state, phase, totals)
+        if start is not None:
+            step = start.state["step"]
+            self._load_state(start, phase, totals)
             left_out = list(phase.loader.dropped)
             without = f" without {len(left_out)} tasks that are left out: {some(left_out)}" if left_out else ""
-            self.console.print(
-                f"continuing at step {step} of {phase.stop_step}{without}", highlight=False, soft_wrap=True, markup=False
-            )
+            self._print(f"continuing at step {step} of {phase.stop_step}{without}")
         self.run_dir.cut_log(phase.offset + step)
         evaluates = phase.name == "fit" and "valid" in self.prepared.parts
         title = {"fit": "training", "refit": "refitting"}[phase.name]
         metric = f"{select.reduce} {select.metric}" if evaluates else ""
-        saved = time.monotonic()
+        saved, checkpoints = time.monotonic(), self.run_dir.checkpoints
         with (
             closing(phase.loader),
             TrainingProgress(self.console, title, step, phase.stop_step, metric) as progress,
-            _interrupts() as interrupted,
+            stop_signals() as stopped,
         ):
             while step < phase.stop_step and not (evaluates and self._out_of_patience()):
                 started = time.monotonic()
@@ -306,8 +340,12 @@ class Trainer:
                 totals.waited += time.monotonic() - started
                 if len(phase.loader.dropped) > known:
                     self._print_dropped(phase.loader.dropped, known, phase.offset + step)
+                signals = self.world.sum_numbers(*count(batch), bool(stopped()), checkpoints.writing)
+                num_labels, num_rows, stop, writing = map(int, signals)
+                if checkpoints.in_flight and not writing:
+                    self._report(checkpoints.commit())
                 self._set_lr(step, phase.total_steps)
-                self.stepper(batch, step, totals)
+                self.stepper(batch, step, totals, num_labels, num_rows)
                 totals.seconds += time.monotonic() - started
                 step += 1
                 due = step % phase.eval_every == 0 or step == phase.stop_step
@@ -317,29 +355,41 @@ class Trainer:
                 if step % self.config.train.log_every == 0 or last:
                     self._log(phase, step, totals, progress)
                     totals = Totals(len(self.tasks), self.accelerator.device)
-                if due or interrupted():
+                if due or stop or (every is not None and step % every == 0):
                     self.seconds += time.monotonic() - saved
                     saved = time.monotonic()
-                    self._save(phase, step, totals)
-                if interrupted():
-                    self.console.print(f"step {step} is saved; the same command continues the run", highlight=False)
-                    raise KeyboardInterrupt
+                    if last and not evaluates:
+                        self.selection.step, self.selection.steps_per_epoch = step, phase.steps_per_epoch
+                    self._save(phase, step, totals, last)
+                if stop:
+                    self._leave(phase.offset + step, stopped())
+        if (failure := checkpoints.finish()) is not None:
+            raise UserError(f"{failure}; free space and start again")
         if left_out := list(phase.loader.dropped):
             self.prepared.notes.append(f"{len(left_out)} tasks were left out while {title}: {some(left_out)}")
-        if phase.name == "refit":
-            self.run_dir.checkpoints.save_refit(self._model_state(step))
-        elif not evaluates:
-            self.run_dir.checkpoints.save_best(self._model_state(step))
         return phase.offset + step
+
+    def _leave(self, step: int, number: int | None) -> None:
+        """Stop because a signal came, here or on another rank."""
+        failure = self.run_dir.checkpoints.finish()
+        number = max(self.world.gather_objects(number or 0))
+        if failure is not None:
+            raise UserError(f"{failure}; free space and start again")
+        self.run_dir.mark_preempted(step, signal.Signals(number).name)
+        self._print(f"step {step} is saved; the same command continues the run")
+        raise Preempted(number)
+
+    def _report(self, failure: str | None) -> None:
+        if failure is not None:
+            self._print(f"{failure}; training goes on")
+
+    def _print(self, text: str) -> None:
+        self.console.print(text, highlight=False, soft_wrap=True, markup=False)
 
     def _print_dropped(self, dropped: dict[str, int], known: int, step: int) -> None:
         names, reasons = list(dropped)[known:], self.prepared.inputs.notes()
-        self.console.print(
-            f"step {step}: {len(names)} tasks are left out from here on, {len(dropped)} in all: {some(names)}; {reasons[-1]}",
-            highlight=False,
-            soft_wrap=True,
-            markup=False,
-        )
+        why = f"; {reasons[-1]}" if reasons else ""
+        self._print(f"step {step}: {len(names)} tasks are left out from here on, {len(dropped)} in all: {some(names)}{why}")
 
     def _out_of_patience(self) -> bool:
         patience = self.config.select.patience
@@ -351,7 +401,6 @@ class Trainer:
         value = scores.value(select.metric, select.reduce)
         if self.selection.improves(value) or select.checkpoint == "last":
             self.selection.step, self.selection.steps_per_epoch = step, phase.steps_per_epoch
-            self.run_dir.checkpoints.save_best(self._model_state(step))
         elif math.isnan(self.selection.value):
             raise UserError(
                 f"select.metric: no task of the valid part can be scored by {select.metric} ({select.reduce}); "
@@ -382,12 +431,9 @@ class Trainer:
             worst = self.tasks[int(totals.bad_T.argmax())].name + (f"' and {num_bad - 1} more" if num_bad > 1 else "'")
             for what, count in ((f"the loss of task '{worst}", bad_task_steps), ("the trunk's gradient", totals.skipped)):
                 if count:
-                    self.console.print(
+                    self._print(
                         f"step {phase.offset + step}: {what} was not finite in {count} of the last {totals.steps} steps "
-                        "and was left out",
-                        highlight=False,
-                        soft_wrap=True,
-                        markup=False,
+                        "and was left out"
                     )
         self.run_dir.log(line)
         self.tracker.log({k: v for k, v in line.items() if isinstance(v, int | float)}, phase.offset + step)
@@ -405,21 +451,19 @@ class Trainer:
             for group, lr in zip(optimizer.param_groups, lrs, strict=True):
                 group["lr"] = lr * factor
 
-    def _model_state(self, step: int) -> dict[str, Any]:
-        return {"step": step, "shared": self.shared.state_dict(), "bank": self.bank.state_dict()}
+    def _load_model(self, saved: Saved) -> None:
+        saved.copy_into(trunk_tensors(self.shared))
+        saved.copy_heads(head_stacks(self.bank))
 
-    def _load_model(self, state: dict[str, Any]) -> None:
-        self.shared.load_state_dict(state["shared"])
-        self.bank.load_state_dict(state["bank"])
-
-    def _save(self, phase: Phase, step: int, totals: Totals) -> None:
-        state = self._model_state(step) | {
+    def _save(self, phase: Phase, step: int, totals: Totals, last: bool) -> None:
+        state = {
             "phase": phase.name,
+            "step": step,
             "offset": phase.offset,
             "total_steps": phase.total_steps,
+            "tasks": self.tasks.names,
             "totals": vars(totals),
             "bad_steps": self.bad_steps,
-            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
             "stepper": self.stepper.state_dict(),
             "loader": phase.loader.state_dict(),
             "selection": vars(self.selection),
@@ -429,20 +473,31 @@ class Trainer:
             "rows": self.rows,
             "run_id": self.run_id,
         }
-        self.run_dir.checkpoints.save(phase.offset + step, state)
+        snapshot = Snapshot(
+            trunk_tensors(self.shared, self.trunk_optimizer),
+            head_stacks(self.bank, self.head_optimizer, self.shard),
+            state,
+        )
+        about = {
+            "phase": phase.name,
+            "best": self.selection.step or None,
+            "final": phase.offset + step if last and phase.name == "refit" else None,
+        }
+        self._report(self.run_dir.checkpoints.save(phase.offset + step, snapshot, about))
 
-    def _load_state(self, state: dict[str, Any], phase: Phase, totals: Totals) -> None:
+    def _load_state(self, saved: Saved, phase: Phase, totals: Totals) -> None:
+        state = saved.state
         if phase.name == "refit" and state["total_steps"] != phase.total_steps:
             raise UserError(
                 f"train.epochs or train.steps: {state['total_steps']} -> {phase.total_steps} steps, but this run has been "
                 "refitted with what was selected; start a new run"
             )
-        self._load_model(state)
-        totals.load_state_dict(state["totals"])
+        saved.copy_into(trunk_tensors(self.shared, self.trunk_optimizer))
+        saved.copy_heads(head_stacks(self.bank, self.head_optimizer))
+        names, now = state["tasks"], self.tasks.names
+        totals.load_state_dict(by_task(state["totals"], names, now))
         self.bad_steps = state["bad_steps"]
-        for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
-            optimizer.load_state_dict(saved)
-        self.stepper.load_state_dict(state["stepper"])
+        self.stepper.load_state_dict(by_task(state["stepper"], names, now), names == now)
         phase.loader.load_state_dict(state["loader"])
 
     def _finish(self, scores: dict[str, Scores]) -> dict[str, Any]:
@@ -466,7 +521,8 @@ class Trainer:
             "rows": {part: p.num_rows for part, p in prepared.parts.items()},
             "labels": {part: int(p.labels.count_T().sum()) for part, p in prepared.parts.items()},
             "inputs": prepared.inputs.width,
-            "parameters": {"trunk": _size(self.shared), "heads": _size(self.bank)},
+            "parameters": {"trunk": _size(self.shared), "heads": int(self.work.head_params_T.sum())},
+            "processes": self.world.size,
             "selected_step": self.selection.step,
             "selected_value": None if math.isnan(self.selection.value) else self.selection.value,
             "seconds": self.seconds,
@@ -507,49 +563,29 @@ def peak_memory_mb(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6
 
 
-def load_start(run: RunDir, tasks: TaskTable, shared: SharedModel, bank: HeadBank) -> list[str]:
-    """Start from another run: its trunk, and the heads of tasks with the same name, kind, classes and shape; returns the
-    tasks whose heads were taken over.
+def load_start(run: RunDir, config: Config, tasks: TaskTable, shared: SharedModel, bank: HeadBank) -> list[str]:
+    """Start from another run: its trunk, and where heads have the same layers those of tasks with the same name, kind and
+    classes; returns the tasks whose heads were taken over.
 
     Raises:
-        UserError: the trunks differ; the first differing parameter is named.
+        UserError: the trunks differ; the first differing parameters are named.
     """
     one = run.splits()[0]
-    state, other_tasks, config = one.checkpoints.model(), one.tasks(), one.config()
-    own = shared.state_dict()
-    for name in sorted(own.keys() | state["shared"].keys()):
-        here, there = (list(s[name].shape) if name in s else "absent" for s in (own, state["shared"]))
-        if here != there:
-            raise UserError(f"init_from {run.path}: '{name}' is {there} there and {here} here; use the same trunk and inputs")
-    shared.load_state_dict(state["shared"])
-    other = build_bank(other_tasks, config, shared)
-    other.load_state_dict(state["bank"])
-    like = {task.name: (task.kind.name, task.classes) for task in other_tasks}
+    saved, head, theirs = one.model(), config.model.head, one.config().model.head
+    try:
+        saved.copy_into(trunk_tensors(shared))
+    except UserError as error:
+        raise UserError(f"init_from: {error}") from None
+    if (head.hidden, head.activation) != (theirs.hidden, theirs.activation):
+        return []
+    like = {task.name: (task.kind.name, task.classes) for task in one.tasks()}
     same = {task.name for task in tasks if like.get(task.name) == (task.kind.name, task.classes)}
-    taken = bank.copy_heads(other, {name for t, name in enumerate(bank.names) if tasks[t % len(tasks)].name in same})
-    return [name for name in taken if name in same]
+    stacks = head_stacks(bank)
+    for each in stacks:
+        each.names = [name if name.split(MEMBER)[0] in same else "" for name in each.names]
+    saved.copy_heads(stacks)
+    return sorted(same)
 
 
 def _size(module: torch.nn.Module) -> int:
     return sum(p.numel() for p in module.parameters())
-
-
-@contextmanager
-def _interrupts() -> Iterator[Callable[[], bool]]:
-    """Ctrl-C is noticed at the end of a step: gives a function that says whether it was pressed. A second one stops at
-    once."""
-    pressed: list[bool] = []
-    if threading.current_thread() is not threading.main_thread():
-        yield lambda: False
-        return
-
-    def handle(number: int, frame: Any) -> None:
-        if pressed:
-            raise KeyboardInterrupt
-        pressed.append(True)
-
-    before = signal.signal(signal.SIGINT, handle)
-    try:
-        yield lambda: bool(pressed)
-    finally:
-        signal.signal(signal.SIGINT, before or signal.SIG_DFL)

@@ -60,7 +60,7 @@ class Piece:
 
 def routes(bank: HeadBank, labels: Labels) -> list[Route]:
     """Which heads the labels of a batch need; computed on the CPU, before the batch moves to the device."""
-    if isinstance(labels, Grid):
+    if isinstance(labels, Grid) or not bank.names:
         return []
     members = len(bank.names) // labels.num_tasks
     offset_M1 = torch.arange(members).unsqueeze(1) * labels.num_tasks
@@ -72,7 +72,7 @@ def pieces(bank: HeadBank, z_BD: Tensor, labels: Labels, routes: list[Route], ke
 
     Each member of an ensemble (`z` is `[B, M, D]`) has its own heads: head t of member m is number m * T + t of the bank.
     """
-    num_tasks = labels.y_BT.shape[1] if isinstance(labels, Grid) else labels.num_tasks
+    num_tasks = labels.num_tasks
 
     def of_member(number: int) -> tuple[Tensor, int]:
         member = int(bank.ids[number][0]) // num_tasks
@@ -82,6 +82,8 @@ def pieces(bank: HeadBank, z_BD: Tensor, labels: Labels, routes: list[Route], ke
         weight = None if labels.weight_B is None else labels.weight_B[:, None]
         y_TB = labels.y_BT.t().contiguous()  # as the grid kernel lays out its logits: element-wise passes are then fast
         for number, group in enumerate(bank.groups):
+            if not group.names:
+                continue
             z, first = of_member(number)
             task_A = group.task_ids - first
             y = (y_TB if len(task_A) == num_tasks else y_TB[task_A]).t()
@@ -108,28 +110,25 @@ def pieces(bank: HeadBank, z_BD: Tensor, labels: Labels, routes: list[Route], ke
 
 
 class Objective:
-    """Kinds, scales and shares of all tasks as tensors on the device.
+    """Kinds and their parameters of all tasks, as tensors on the device.
 
     Args:
-        tasks: with their training statistics.
+        tasks: of the bank's heads, with their training statistics.
         bank: its groups are of one kind each.
-        sampling_T: probability of each task in a routed batch; None where rows are not sampled by task.
     """
 
     def __init__(
         self,
         tasks: TaskTable,
         bank: HeadBank,
-        config: ObjectiveConfig,
-        sampling_T: NDArray[np.float64] | None,
         device: torch.device,
     ):
-        self.kinds: dict[HeadGroup, Kind] = {group: tasks[int(group.task_ids[0]) % len(tasks)].kind for group in bank.groups}
+        self.kinds: dict[HeadGroup, Kind] = {
+            group: tasks[int(group.task_ids[0]) % len(tasks)].kind for group in bank.groups if group.names
+        }
         names = {name for kind in self.kinds.values() for name in kind.param_names}
         self.params_T = {name: torch.tensor(tasks.stats[name], dtype=torch.float32, device=device) for name in names}
         self.params_T["num_outputs"] = torch.tensor(tasks.num_outputs_T, device=device)
-        coefficient_T = coefficients(tasks, config, sampling_T)
-        self.coefficient_T = torch.tensor(coefficient_T, dtype=torch.float32, device=device)
 
     def params(self, piece: Piece) -> Params:
         names = ("num_outputs", *self.kinds[piece.group].param_names)

@@ -16,23 +16,30 @@ import yaml
 
 from mtrain.config import Config, check_config, differences, to_yaml
 from mtrain.errors import UserError
+from mtrain.parallel.world import World
 from mtrain.tasks import TaskTable
-from mtrain.train.checkpoint import Checkpoints
+from mtrain.train.checkpoint import Checkpoints, Saved
+
+PREEMPTED = "preempted"
+_NO_MODEL = "holds no model yet, as it has not been evaluated; continue it with mtrain train"
 
 # Changing these does not make another run.
 MAY_CHANGE = (
     "run_dir", "tracker", "data.root", "data.workers", "data.in_memory", "train.epochs", "train.steps", "train.log_every",
-    "train.keep_checkpoints", "train.compile", "train.max_bad_steps", "select.patience",
+    "train.save_every", "train.keep_checkpoints", "train.timeout_minutes", "train.compile", "train.max_bad_steps",
+    "select.patience",
 )  # fmt: skip
 
 
 class RunDir:
     """Files of one run: config.yaml, tasks.parquet, features.json, split.parquet, metrics.jsonl, per_task.parquet,
-    summary.json and checkpoints/. A run over several split seeds holds one such directory per seed, split-<seed>/."""
+    summary.json, checkpoints/, and `preempted` while a signal has stopped it. A run over several split seeds holds one such
+    directory per seed, split-<seed>/. All ranks read it, rank 0 writes."""
 
-    def __init__(self, path: Path, keep_checkpoints: int = 1):
-        self.path = path
-        self.checkpoints = Checkpoints(path / "checkpoints", keep_checkpoints)
+    def __init__(self, path: Path, keep_checkpoints: int = 1, world: World | None = None):
+        self.path, self.keep_checkpoints, self.world = path, keep_checkpoints, world
+        self.writes = world is None or world.is_first
+        self.checkpoints = Checkpoints(path / "checkpoints", keep_checkpoints, world)
 
     @property
     def config_file(self) -> Path:
@@ -44,7 +51,7 @@ class RunDir:
 
     @property
     def has_trained(self) -> bool:
-        return any(self.path.glob("checkpoints/*.pt")) or any(self.path.glob("split-*/checkpoints/*.pt"))
+        return any(self.path.glob("checkpoints/step-*")) or any(self.path.glob("split-*/checkpoints/step-*"))
 
     def start(self, config: Config) -> None:
         """Create the directory, or check that it is of the same run.
@@ -84,30 +91,46 @@ class RunDir:
     def splits(self) -> list[RunDir]:
         """The runs of the split seeds; the run itself if there is one seed."""
         seeds = self.config().split.seeds
-        return [self] if len(seeds) == 1 else [RunDir(self.path / f"split-{seed}") for seed in seeds]
+        if len(seeds) == 1:
+            return [self]
+        return [RunDir(self.path / f"split-{seed}", self.keep_checkpoints, self.world) for seed in seeds]
+
+    def model(self) -> Saved:
+        """The checkpoint to predict with: of the refit where that is done, else the selected one.
+
+        Raises:
+            UserError: there is none yet, or it is damaged.
+        """
+        newest = self.checkpoints.newest()
+        if newest is None:
+            raise UserError(self.checkpoints.refused[0] if self.checkpoints.refused else f"run {self.path}: {_NO_MODEL}")
+        return self._saved(newest, newest.about["final"] or newest.about["best"])
+
+    def best(self) -> Saved:
+        """The selected checkpoint."""
+        newest = self.checkpoints.newest()
+        if newest is None:
+            raise UserError(self.checkpoints.refused[0] if self.checkpoints.refused else f"run {self.path}: {_NO_MODEL}")
+        return self._saved(newest, newest.about["best"])
+
+    def _saved(self, newest: Saved, step: int | None) -> Saved:
+        if step is None:
+            raise UserError(f"run {self.path}: {_NO_MODEL}")
+        return newest if step == newest.step else self.checkpoints.at(step)
+
+    def mark_preempted(self, step: int, why: str) -> None:
+        """Leave a file for launch scripts to look at, which do not see a process's exit status."""
+        self._write_text(PREEMPTED, f"{why} at step {step}\n")
+
+    def unmark_preempted(self) -> None:
+        if self.writes:
+            (self.path / PREEMPTED).unlink(missing_ok=True)
 
     def tasks(self) -> TaskTable:
         path = self.path / "tasks.parquet"
         if not path.is_file():
             raise UserError(f"run {self.path}: holds no tasks.parquet; expected a run that has been trained")
         return TaskTable.load(path)
-
-    def check_tasks(self, tasks: TaskTable) -> None:
-        """Refuse to continue a run with other tasks than those it was started with.
-
-        Raises:
-            UserError: the first task that is new, is gone, or has another kind or other classes.
-        """
-        if not (self.path / "tasks.parquet").is_file() or not self.has_trained:
-            return
-        before, now = ({task.name: (task.kind, task.classes) for task in table} for table in (self.tasks(), tasks))
-        for name in sorted(before.keys() | now.keys()):
-            if before.get(name) != now.get(name):
-                what = "is new" if name not in before else "is gone" if name not in now else "has another kind or other classes"
-                raise UserError(
-                    f"run {self.path}: task '{name}' {what} since the run began: the data have changed; bring them back, or "
-                    "start a new run with another --run_dir (--init_from takes over the trunk and the heads of tasks that stay)"
-                )
 
     def save_averages(self, summary: dict[str, Any]) -> None:
         """summary.json, and tasks.parquet and per_task.parquet with the mean over the split seeds."""
@@ -119,6 +142,24 @@ class RunDir:
             self.save_table(name, pa.Table.from_pandas(averaged, preserve_index=False))
         self.save_json("summary.json", summary)
 
+    def compare_tasks(self, tasks: TaskTable) -> tuple[list[str], list[str]]:
+        """Names of the tasks that are new since the run was last trained, and of those that are gone.
+
+        Raises:
+            UserError: a task has another kind or other classes.
+        """
+        if not (self.path / "tasks.parquet").is_file() or not self.has_trained:
+            return [], []
+        before, now = ({task.name: (task.kind, task.classes) for task in table} for table in (self.tasks(), tasks))
+        for name in now:
+            if name in before and before[name] != now[name]:
+                raise UserError(
+                    f"run {self.path}: task '{name}' has another kind or other classes since the run began: the data have "
+                    "changed; bring them back, or start a new run with another --run_dir (--init_from takes over the trunk "
+                    "and the heads of tasks that stay)"
+                )
+        return [name for name in now if name not in before], [name for name in before if name not in now]
+
     def save_json(self, name: str, value: Any) -> None:
         self._write_text(name, json.dumps(value, indent=1, allow_nan=False))
 
@@ -129,23 +170,29 @@ class RunDir:
         return json.loads(path.read_text())
 
     def save_table(self, name: str, table: pa.Table) -> None:
+        if not self.writes:
+            return
         unfinished = self.path / f".{name}"
         pq.write_table(table, unfinished)
         os.replace(unfinished, self.path / name)
 
     def log(self, line: dict[str, Any]) -> None:
+        if not self.writes:
+            return
         with (self.path / "metrics.jsonl").open("a") as file:
             file.write(json.dumps(line, allow_nan=False) + "\n")
 
     def cut_log(self, step: int) -> None:
         """Forget the lines after a step, and a line that was cut short: a resumed run writes them again."""
         path = self.path / "metrics.jsonl"
-        if path.is_file():
+        if path.is_file() and self.writes:
             whole = path.read_text().split("\n")[:-1]
             kept = [line for line in whole if json.loads(line)["step"] <= step]
             self._write_text("metrics.jsonl", "".join(line + "\n" for line in kept))
 
     def _write_text(self, name: str, text: str) -> None:
+        if not self.writes:
+            return
         unfinished = self.path / f".{name}"
         unfinished.write_text(text)
         os.replace(unfinished, self.path / name)

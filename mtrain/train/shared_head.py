@@ -6,10 +6,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
+import torch
 from torch import Tensor
 
 from mtrain.config import HeadConfig
 from mtrain.model.heads import HeadBank, HeadGroup
+from mtrain.parallel.shard import Shard
 from mtrain.train.optim import HeadUpdate
 
 
@@ -22,21 +24,43 @@ class SharedHeads:
 
     Args:
         config: its `toward_shared` pulls weights, `toward_shared_bias` biases.
-        label_T: training labels of each task, on the bank's device.
+        label_T: training labels of each of the bank's tasks, on its device.
+        shard: the mean is one of all ranks; in it hot tasks count once.
     """
 
-    def __init__(self, bank: HeadBank, config: HeadConfig, label_T: Tensor):
+    def __init__(self, bank: HeadBank, config: HeadConfig, label_T: Tensor, shard: Shard):
         bias = config.toward_shared if config.toward_shared_bias is None else config.toward_shared_bias
         self.active = bool(config.toward_shared or bias)
         self.pulls = {3: config.toward_shared, 2: bias}  # by the dimensions of a stack
         self.label_T = label_T.clamp(min=1).float()
         self.stacks = [[p.detach() for p in group.parameters()] for group in bank.groups] if self.active else []
-        self.owned = [_owned(group, label_T[group.task_ids % len(label_T)] > 0) for group in bank.groups] if self.active else []
-        self.counts = [[own.sum(0).clamp(min=1) for own in owned] for owned in self.owned]
-        self.means = [
-            [(stack * own).sum(0) / count for stack, own, count in zip(*of_group, strict=True)]
-            for of_group in zip(self.stacks, self.owned, self.counts, strict=True)
+        self.world = shard.world
+        groups = bank.groups if self.active else []
+        tasks = [group.task_ids % max(1, len(label_T)) for group in groups]
+        self.owned = [_owned(group, label_T[at] > 0) for group, at in zip(groups, tasks, strict=True)]
+        counts_T = torch.from_numpy(shard.counts).to(label_T.device)
+        self.counted = [_owned(group, (label_T[at] > 0) & counts_T[at]) for group, at in zip(groups, tasks, strict=True)]
+        self.counts = self._summed([[own.sum(0) for own in counted] for counted in self.counted])
+        self.means = self._mean()
+
+    def _mean(self) -> list[list[Tensor]]:
+        """The mean of the heads as they are."""
+        sums = [
+            [(stack * own).sum(0) for stack, own in zip(*of_group, strict=True)]
+            for of_group in zip(self.stacks, self.counted, strict=True)
         ]
+        return [
+            [total / count.clamp(min=1) for total, count in zip(*of_group, strict=True)]
+            for of_group in zip(self._summed(sums), self.counts, strict=True)
+        ]
+
+    def _summed(self, values: list[list[Tensor]]) -> list[list[Tensor]]:
+        """Sums over ranks of values for each group and parameter, in one all-reduce."""
+        if self.world.size == 1 or not values:
+            return values
+        flat = self.world.sum(torch.cat([value.flatten() for of_group in values for value in of_group]))
+        parts = iter(flat.split([value.numel() for of_group in values for value in of_group]))
+        return [[next(parts).view(value.shape) for value in of_group] for of_group in values]
 
     def pull(self, number: int, task_A: Tensor, active_A: Tensor | None, grads: Sequence[Tensor], per_label_A: Tensor) -> None:
         """Add the penalty's gradient to the gradients `[A, ...]` of a group's active heads.
@@ -61,17 +85,23 @@ class SharedHeads:
         at = [slice(None) if update.active_A is None else update.active_A for update in updates]
         before = [[stack[a].clone() for stack in self.stacks[u.group]] for u, a in zip(updates, at, strict=True)]
         yield
+        moved = [[torch.zeros_like(mean) for mean in means] for means in self.means]
         for update, a, old in zip(updates, at, before, strict=True):
             g = update.group
-            for mean, stack, own, count, was in zip(
-                self.means[g], self.stacks[g], self.owned[g], self.counts[g], old, strict=True
-            ):
-                mean += ((stack[a] - was) * own[a]).sum(0) / count
+            for total, stack, own, was in zip(moved[g], self.stacks[g], self.counted[g], old, strict=True):
+                total += ((stack[a] - was) * own[a]).sum(0)
+        for means, counts, totals in zip(self.means, self.counts, self._summed(moved), strict=True):
+            for mean, count, total in zip(means, counts, totals, strict=True):
+                mean += total / count.clamp(min=1)
 
     def state_dict(self) -> list[list[Tensor]]:
         return self.means
 
-    def load_state_dict(self, means: list[list[Tensor]]) -> None:
+    def load_state_dict(self, means: list[list[Tensor]] | None) -> None:
+        """None: of the heads as they are."""
+        if means is None:
+            self.means = self._mean()
+            return
         for own, saved in zip(self.means, means, strict=True):
             for mean, value in zip(own, saved, strict=True):
                 mean.copy_(value)

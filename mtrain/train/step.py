@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -12,11 +13,14 @@ import torch
 from accelerate import Accelerator
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from mtrain.config import HeadConfig, TrainConfig
 from mtrain.data.batch import Batch
 from mtrain.model.dropout import row_keys
 from mtrain.model.heads import HeadBank
+from mtrain.parallel.shard import Shard
+from mtrain.train.hot_heads import HotHeads, PieceLoss
 from mtrain.train.objective import Objective, Piece, pieces, routes
 from mtrain.train.optim import HeadAdamW, HeadUpdate
 from mtrain.train.shared_head import SharedHeads
@@ -57,29 +61,40 @@ class Totals:
 
 
 class Window:
-    """Sums over the micro-batches of one step: the objective J, and for each task its losses, weights and whether one of
-    its losses was not finite; and whether all features were finite."""
+    """Sums over the micro-batches of one step: for each task of this rank its losses, weights and whether one of its losses
+    was not finite `[3, T]`; and whether features were not finite. After `sum_up` those of all tasks and ranks."""
 
     def __init__(self, num_tasks: int, device: torch.device):
-        self.loss = torch.zeros((), device=device)
-        self.loss_T, self.weight_T, self.bad_T = torch.zeros(3, num_tasks, device=device)
-        self.finite = torch.ones((), dtype=torch.bool, device=device)
+        self.sums_3T = torch.zeros(3, num_tasks, device=device)
+        self.bad_features = torch.zeros((), device=device)
+
+    def add(self, loss: PieceLoss) -> None:
+        piece, weight_A = loss.piece, loss.count_A
+        if piece.weight is not None:
+            weight_A = piece.sum(piece.weight if piece.present is None else piece.weight * piece.present)
+        values = (loss.sum_A, torch.where(loss.finite_A, weight_A, 0), ~loss.finite_A)
+        self.sums_3T.index_add_(1, piece.task_A, torch.stack([value.to(loss.sum_A.dtype) for value in values]))
+
+    def sum_up(self, shard: Shard) -> None:
+        self.sums_3T, self.bad_features = shard.everywhere(self.sums_3T, self.bad_features)
+
+    @property
+    def loss_T(self) -> Tensor:
+        return self.sums_3T[0]
 
     @property
     def mean_loss_T(self) -> Tensor:
         """NaN where the task is absent."""
-        return self.loss_T / self.weight_T
+        return self.sums_3T[0] / self.sums_3T[1]
+
+    @property
+    def bad_T(self) -> Tensor:
+        return self.sums_3T[2]
 
 
-@dataclass(frozen=True)
-class PieceLoss:
-    """The losses of a piece's A tasks, and the gradient of their sum at its logits."""
-
-    piece: Piece
-    sum_A: Tensor
-    count_A: Tensor
-    finite_A: Tensor
-    grad: Tensor
+def count(batch: Sequence[Batch]) -> tuple[int, int]:
+    """Labels and rows of a batch's micro-batches on this rank."""
+    return sum(int(micro.labels.count_T().sum()) for micro in batch), sum(len(micro.row_B) for micro in batch)
 
 
 class Stepper:
@@ -87,9 +102,12 @@ class Stepper:
 
     Args:
         model: the shared network as `accelerator.prepare` returned it; `model(x_BF, keys_B)` gives `z_BD`.
+        bank: the heads of this rank's tasks.
+        shard: which tasks those are; how features reach them.
+        coefficient_T: weight, share and scale of every task in the objective.
         trunk_optimizer, head_optimizer: None where that part is frozen or has no parameters.
         head: the pull of heads towards their group's mean.
-        train_labels_T: training labels of each task, for that pull.
+        train_labels_T: training labels of each task of this rank, for that pull.
     """
 
     def __init__(
@@ -97,23 +115,27 @@ class Stepper:
         accelerator: Accelerator,
         model: nn.Module,
         bank: HeadBank,
+        shard: Shard,
         objective: Objective,
+        coefficient_T: Tensor,
         balancer: Any,
         trunk_optimizer: torch.optim.Optimizer | None,
         head_optimizer: HeadAdamW | None,
         config: TrainConfig,
         head: HeadConfig,
         train_labels_T: NDArray[np.int64],
+        members: int = 1,
     ):
         self.accelerator, self.model, self.bank, self.objective = accelerator, model, bank, objective
         self.balancer, self.trunk_optimizer, self.head_optimizer = balancer, trunk_optimizer, head_optimizer
-        self.config = config
+        self.config, self.members = config, members
         self.trunk_parameters = [p for p in model.parameters() if p.requires_grad]
         self.scale = LossScale() if accelerator.mixed_precision == "fp16" else None
-        self.weight_T = torch.ones_like(objective.coefficient_T)
+        self.shard, self.coefficient_T = shard, coefficient_T
+        self.weight_T = torch.ones_like(coefficient_T)
         self.last_loss_T: Tensor | None = None
-        self.shared_heads = SharedHeads(bank, head, torch.tensor(train_labels_T, device=self.weight_T.device))
-        self.members = len(bank.names) // len(train_labels_T)
+        self.shared_heads = SharedHeads(bank, head, torch.tensor(train_labels_T, device=self.weight_T.device), shard)
+        self.hot_heads = HotHeads(bank, shard) if shard.hot.any() else None
 
     def state_dict(self) -> dict[str, Any]:
         return {
@@ -124,37 +146,46 @@ class Stepper:
             "balancer": self.balancer.state_dict() if hasattr(self.balancer, "state_dict") else {},
         }
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: dict[str, Any], same_tasks: bool = True) -> None:
+        """After the heads: with other tasks than when the state was taken, their means are computed anew."""
         device = self.weight_T.device
         self.weight_T = state["weight_T"].to(device)
         self.last_loss_T = None if state["last_loss_T"] is None else state["last_loss_T"].to(device)
-        self.shared_heads.load_state_dict(state["shared_heads"])
+        self.shared_heads.load_state_dict(state["shared_heads"] if same_tasks else None)
         if self.scale is not None and state["scale"] is not None:
             vars(self.scale).update(state["scale"])
         if state["balancer"]:
             self.balancer.load_state_dict(state["balancer"])
 
-    def __call__(self, batch: Batch, step: int, totals: Totals) -> None:
-        """Train on the global batch `batch`; what happened is added to `totals`."""
-        micro_batches = batch.micro_batches(self.config.micro_batch or len(batch.row_B))
-        num_labels = int(batch.labels.count_T().sum())
+    def __call__(self, batch: Sequence[Batch], step: int, totals: Totals, num_labels: int, num_rows: int) -> None:
+        """Train on a global batch, given as this rank's rows of its micro-batches; what happened is added to `totals`.
+
+        Args:
+            num_labels, num_rows: of the global batch, on all ranks.
+        """
         if num_labels == 0:
             return
-        seed = (self.config.seed * 1_000_003 + step) % 2**63  # for random modules of the user's own trunk
-        torch.default_generator.manual_seed(seed)
+        seed = (self.config.seed * 1_000_003 + step + self.shard.world.rank * 7_919) % 2**63
+        torch.default_generator.manual_seed(seed)  # for random modules of the user's own trunk
         if self.weight_T.device.type != "cpu":
             torch.manual_seed(seed)
-        single = len(micro_batches) == 1
+        single = len(batch) == 1
         if not single and self.last_loss_T is not None:  # a window's weights come from the statistics of the one before
             self._balance(self.last_loss_T)
-        window = Window(len(self.weight_T), self.weight_T.device)
-        updates = [self._micro(micro, step, num_labels, window, rebalance=single) for micro in micro_batches]
+        window = Window(len(self.shard.own), self.weight_T.device)
+        updates = []
+        for i, micro in enumerate(batch):
+            last = i == len(batch) - 1
+            with nullcontext() if last else self.accelerator.no_sync(self.model):
+                updates.append(self._micro(micro, step, num_labels, window, rebalance=single))
+        if not single:
+            window.sum_up(self.shard)
         self.last_loss_T = window.mean_loss_T
         self._apply(_merged(updates), window, totals)
-        totals.loss += window.loss
+        totals.loss += (self.coefficient_T * self.weight_T * window.loss_T).sum() / (num_labels * self.members)
         totals.bad_T += window.bad_T > 0
         totals.steps += 1
-        totals.rows += len(batch.row_B)
+        totals.rows += num_rows
 
     def _balance(self, loss_T: Tensor) -> None:
         self.weight_T = self.balancer.weights(loss_T, ~loss_T.isnan())
@@ -164,46 +195,45 @@ class Stepper:
         needed = routes(self.bank, batch.labels)
         batch = batch.to(self.weight_T.device)
         keys_B = row_keys(self.config.seed, step, batch.row_B)
+        keys_H = keys_B if batch.row_H is None else row_keys(self.config.seed, step, batch.row_H)
         features_BD = self.model(batch.x_BF, keys_B)
-        z_BD = features_BD.detach().requires_grad_(features_BD.requires_grad)
-        window.finite &= z_BD.detach().isfinite().all()
+        window.bad_features += ~features_BD.detach().isfinite().all()
+        z_HD = self.shard.to_heads(features_BD.detach(), batch.deal).requires_grad_(features_BD.requires_grad)
         with self.accelerator.autocast():
-            found = [self._loss(piece, window) for piece in pieces(self.bank, z_BD, batch.labels, needed, keys_B)]
-        if not found:
-            return []
+            found = [self._loss(piece) for piece in pieces(self.bank, z_HD, batch.labels, needed, keys_H)]
+        if self.hot_heads is not None:
+            found = self.hot_heads.agreed(found)
+        for loss in found:
+            window.add(loss)
         if rebalance:
+            window.sum_up(self.shard)
             self._balance(window.mean_loss_T)
-        coefficient_T = self.objective.coefficient_T * self.weight_T / num_labels
-        grad_logits = [self._grad_logits(loss, coefficient_T, window) for loss in found]
+        coefficient_T = self.shard.local(self.coefficient_T * self.weight_T) / num_labels
+        grad_logits = [self._grad_logits(loss, coefficient_T) for loss in found]
 
-        wanted = [z_BD] if z_BD.requires_grad else []
+        wanted = [z_HD] if z_HD.requires_grad else []
         if self.head_optimizer is not None:
             wanted += [p for loss in found for p in loss.piece.params]
-        grads = list(torch.autograd.grad([loss.piece.logits for loss in found], wanted, grad_logits))
-        if z_BD.requires_grad:
-            features_BD.backward(grads.pop(0))
+        grads: list[Tensor] = []
+        if found:
+            grads = list(torch.autograd.grad([loss.piece.logits for loss in found], wanted, grad_logits))
+        if z_HD.requires_grad:  # also without labels here: other ranks wait for this one's part
+            grad_HD = grads.pop(0) if found else torch.zeros_like(z_HD)
+            grad_BD = self.shard.from_heads(grad_HD, batch.deal)
+            features_BD.backward(grad_BD * self.shard.world.size)  # DDP and FSDP average over ranks, J is a sum
         return [] if self.head_optimizer is None else self._head_updates(found, grads, coefficient_T)
 
-    def _loss(self, piece: Piece, window: Window) -> PieceLoss:
-        """Losses of a piece's tasks, added to the window. A task whose loss or gradient is not finite counts as bad."""
+    def _loss(self, piece: Piece) -> PieceLoss:
+        """Losses of a piece's tasks. A task whose loss or gradient is not finite counts as bad."""
         leaf = piece.logits.detach().float().requires_grad_()
         sum_A = piece.sum(self.objective.losses(replace(piece, logits=leaf)))
         (grad,) = torch.autograd.grad(sum_A.sum(), leaf)
         finite_A = sum_A.detach().isfinite() & piece.sum(grad.sum(-1)).isfinite()
-        sum_A = torch.where(finite_A, sum_A.detach(), 0)
-        count_A = piece.count_A()
-        weight_A = count_A
-        if piece.weight is not None:
-            weight_A = piece.sum(piece.weight if piece.present is None else piece.weight * piece.present)
-        window.loss_T.index_add_(0, piece.task_A, sum_A)
-        window.weight_T.index_add_(0, piece.task_A, torch.where(finite_A, weight_A, 0).to(sum_A.dtype))
-        window.bad_T.index_add_(0, piece.task_A, (~finite_A).to(sum_A.dtype))
-        return PieceLoss(piece, sum_A, count_A, finite_A, grad)
+        return PieceLoss(piece, torch.where(finite_A, sum_A.detach(), 0), piece.count_A(), finite_A, grad)
 
-    def _grad_logits(self, loss: PieceLoss, coefficient_T: Tensor, window: Window) -> Tensor:
+    def _grad_logits(self, loss: PieceLoss, coefficient_T: Tensor) -> Tensor:
         """The gradient of the (fp16: scaled) objective at the logits; 0 for tasks whose loss is not finite."""
         piece, coefficient_A = loss.piece, coefficient_T[loss.piece.task_A]
-        window.loss += (coefficient_A * loss.sum_A).sum() / self.members
         if self.scale is not None:
             coefficient_A = coefficient_A * self.scale.value
         keep, factor = (piece.spread(value_A).unsqueeze(-1) for value_A in (loss.finite_A, coefficient_A))
@@ -233,10 +263,15 @@ class Stepper:
         """Step both optimizers, or neither where the features or the trunk's gradient are not finite."""
         unscale = 1.0 if self.scale is None else 1 / self.scale.value
         grads = [p.grad for p in self.trunk_parameters if p.grad is not None]
-        norm = float(torch.where(window.finite, torch.nn.utils.get_total_norm(grads), torch.nan)) * unscale
+        total = torch.nn.utils.get_total_norm(grads)
+        if isinstance(total, DTensor):
+            total = total.full_tensor()
+        norm = float(torch.where(window.bad_features == 0, total, torch.nan)) * unscale
         finite = math.isfinite(norm)
         if self.scale is not None:  # in fp16 the gradients of heads overflow too
-            finite = finite and math.isfinite(torch.nn.utils.get_total_norm([g for u in updates for g in u.grads]))
+            heads = float(torch.nn.utils.get_total_norm([g for u in updates for g in u.grads]))
+            (overflows,) = self.shard.world.sum_numbers(not math.isfinite(heads))
+            finite = finite and not overflows
         if finite and self.trunk_optimizer is not None:
             factor = unscale * (1.0 if self.config.clip is None else min(1.0, self.config.clip / (norm + 1e-6)))
             if factor != 1.0 and grads:
@@ -245,6 +280,8 @@ class Stepper:
         if self.trunk_optimizer is not None:
             self.trunk_optimizer.zero_grad(set_to_none=True)
         if finite and self.head_optimizer is not None:
+            if self.hot_heads is not None:
+                updates = self.hot_heads.summed(updates)
             if unscale != 1.0:
                 updates = [replace(update, grads=[grad * unscale for grad in update.grads]) for update in updates]
             with self.shared_heads.following(updates):

@@ -72,7 +72,8 @@ class Wandb:
         self.accelerator.log(values, step=step)
 
     def finish(self) -> None:
-        self.accelerator.end_training()
+        for tracker in self.accelerator.trackers:  # end_training would also end the processes' group
+            tracker.finish()
 
 
 TRACKERS: dict[str, type] = {"none": NoTracker, "Wandb": Wandb, "wandb": Wandb}

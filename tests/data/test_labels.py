@@ -7,7 +7,8 @@ import pytest
 
 from mtrain.config import Selection, TasksConfig
 from mtrain.data.labels import read_grid, read_long, select
-from mtrain.data.tables import MappedTable, TextTable
+from mtrain.data.tables import MappedTable
+from mtrain.data.text import TextTable
 from mtrain.errors import UserError
 from mtrain.model.kinds import Kind, Poisson
 

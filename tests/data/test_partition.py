@@ -18,9 +18,10 @@ from rich.console import Console
 
 from mtrain.config import load_config
 from mtrain.data import partition as module
-from mtrain.data.files import open_tasks, read_task_table
+from mtrain.data.files import open_tasks
 from mtrain.data.partition import partition
 from mtrain.data.prepare import prepare, read_source
+from mtrain.data.task_table import read_task_table
 from mtrain.errors import UserError
 from mtrain.report import progress
 

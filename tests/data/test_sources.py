@@ -1,5 +1,8 @@
+import bz2
 import gzip
+import re
 import sys
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -7,10 +10,13 @@ import pyarrow as pa
 import pyarrow.feather as feather
 import pyarrow.parquet as pq
 import pytest
+from frames import check, frame, parts, save
 
 from mtrain.config import DataConfig
-from mtrain.data.sources import open_table, to_arrow
+from mtrain.data import sources
+from mtrain.data.sources import open_many, open_mapped, open_stream, open_table, to_arrow
 from mtrain.data.splits import SOURCE
+from mtrain.data.tables import ParquetTable, ReadError
 from mtrain.errors import UserError
 
 TABLE = pa.table({"x": [1.5, 2.5, None], "n": [1, 2, 3], "t": ["a", None, "c"]})
@@ -184,3 +190,174 @@ def test_columns_come_from_arrow_as_numpy_without_a_copy_of_each_value(tmp_path)
     frame = pd.DataFrame({"x": np.arange(10.0)})
     pq.write_table(pa.Table.from_pandas(frame), tmp_path / "t.parquet")
     np.testing.assert_array_equal(to_arrow(opened(str(tmp_path / "t.parquet")), ["x"])["x"].to_numpy(), frame["x"])
+
+
+@pytest.mark.parametrize("form", ["parquet", "csv", "tsv", "jsonl", "csv.gz", "csv.bz2", "csv.xz", "jsonl.gz"])
+@pytest.mark.parametrize("workers", [1, 4])
+def test_files_give_the_rows_that_pandas_wrote(tmp_path, form, workers):
+    files, expected = parts(tmp_path, form)
+    kind = {"tsv": "csv", "jsonl": "json"}.get(form.split(".")[0], form.split(".")[0])
+    for table in (open_many([files], kind, 8, 0)[0], open_mapped([files], kind, 8)[0]):
+        check(table, expected, workers)
+        assert table.column_names == ["n", "x", "t"]
+    table = open_many([files], kind, 8, 0)[0]
+    assert table.where(0) == f"{files[0]}, row 1"
+    assert table.where(24) == f"{files[1]}, row 2"
+
+
+def test_text_files_of_other_types_do_not_change_each_other(tmp_path):
+    for form, make in (("csv", "csv"), ("json", "jsonl")):
+        values = [["a", "b"], [1, 2], [0.5, 1.0]]
+        files = [save(tmp_path / f"{i}.{make}", pd.DataFrame({"y": each})) for i, each in enumerate(values)]
+        for opened in (open_many([[f] for f in files], form, 10, 0), open_mapped([[f] for f in files], form, 10)):
+            assert [table.read(["y"])["y"].to_pylist() for table in opened] == values
+
+
+def test_differing_columns_are_named(tmp_path):
+    for form in ("parquet", "csv"):
+        a = save(tmp_path / f"a.{form}", pd.DataFrame({"y": [1], "x": [1]}))
+        b = save(tmp_path / f"b.{form}", pd.DataFrame({"y": [1]}))
+        (error,) = open_many([[a, b]], form, 5, 0)
+        assert isinstance(error, ReadError)
+        assert str(error).startswith(f"column 'x' is in {a} but not in {b}")
+    with pytest.raises(ReadError, match=r"b\.parquet: no column 'yy'.*'y'"):
+        ParquetTable([str(tmp_path / "b.parquet")], 5, 0).read(["yy"])
+
+
+@pytest.mark.parametrize("rows", [90, 110, 100])
+@pytest.mark.parametrize("form", ["parquet", "csv"])
+def test_a_file_that_changes_under_the_run_is_named(tmp_path, form, rows, waits):
+    path = save(tmp_path / f"a.{form}", frame(0, 100), group=20)
+    (table,) = open_many([[path]], form, 30, 3)
+    assert len(table.read_chunk(0, ["n"])) in (20, 30)
+    save(path, frame(0, rows).assign(t="other"), group=25)
+    what = f"has {rows} rows now, had 100" if form == "parquet" and rows != 100 else "bytes"
+    with pytest.raises(ReadError, match=rf"file {path}: .*{what}.* when the run began; "):
+        table.read_chunk(1, ["n"])
+    assert waits == []
+
+
+@pytest.mark.parametrize("form", ["parquet", "csv"])
+def test_a_column_that_is_gone_from_a_file_under_the_run_is_named(tmp_path, form, waits):
+    path = save(tmp_path / f"a.{form}", pd.DataFrame({"x": [1.0, 2.0]}))
+    (table,) = open_many([[path]], form, 10, 3)
+    save(path, pd.DataFrame({"z": [1.0, 2.0]}))
+    with pytest.raises(ReadError, match=rf"file {path}: has no column 'x' now, had one when the run began; "):
+        table.read_chunk(0, ["x"])
+    assert waits == []
+
+
+def test_json_files_without_rows_say_so(tmp_path):
+    for content in ("", "{}\n", "\n"):
+        path = tmp_path / "a.jsonl"
+        path.write_text(content)
+        for opened in (open_many([[str(path)]], "json", 10, 0), open_mapped([[str(path)]], "json", 10)):
+            assert isinstance(opened[0], ReadError)
+            assert f"{path}: " in str(opened[0])
+            assert "no rows, expected at least one" in str(opened[0])
+
+
+def test_broken_files_are_errors_of_their_own_tables(tmp_path, waits, caplog):
+    good = save(tmp_path / "good.parquet", frame(0, 9))
+    cut = tmp_path / "cut.parquet"
+    cut.write_bytes(Path(good).read_bytes()[:-20])
+    text = tmp_path / "text.parquet"
+    text.write_text("hello")
+    none = save(tmp_path / "none.parquet", frame(0, 0))
+    groups = [[good], [str(cut)], [good, good], [str(text)], [str(tmp_path / "absent.parquet")], [none]]
+    for opened in (open_many(groups, "parquet", 5, 3), open_mapped(groups, "parquet", 5)):
+        check(opened[0], frame(0, 9))
+        assert len(opened[2]) == 18
+        for i, found in (
+            (1, "cut.parquet: cannot be read: ArrowInvalid"),
+            (3, "text.parquet: cannot"),
+            (4, "absent.parquet: cannot"),
+        ):
+            assert found in str(opened[i])
+            assert isinstance(opened[i], ReadError)
+        assert "none.parquet: no rows" in str(opened[5])
+    whole = gzip.compress(frame(0, 2000).to_csv(index=False).encode())
+    (tmp_path / "cut.csv.gz").write_bytes(whole[: len(whole) // 2])
+    (tmp_path / "bad.csv").write_bytes(b"a,b\n" + b"1,2\n" * 9 + b"\xff,3\n")
+    (tmp_path / "shift.csv").write_text("a,b\n1,2,3\n")
+    (tmp_path / "empty.csv").write_text("")
+    (tmp_path / "header.csv").write_text("n,x,t\n")
+    (tmp_path / "bad.jsonl").write_text('{"n": 1}\n{"n": \n')
+    good = save(tmp_path / "a[1]*.csv", frame(0, 9))
+    names = ["cut.csv.gz", "bad.csv", "shift.csv", "empty.csv", "header.csv", "absent.csv"]
+    reasons = [
+        "EOFError",
+        "not UTF-8",
+        "row 1 has 3 values",
+        "the file is empty",
+        "no rows",
+        "No such file|FileNotFound|Unable",
+    ]
+    groups = [[str(tmp_path / name)] for name in names] + [[good]]
+    for opened in (open_many(groups, "csv", 5, 3), open_mapped(groups, "csv", 5)):
+        for error, name, why in zip(opened, names, reasons, strict=False):
+            assert isinstance(error, ReadError), name
+            assert re.match(rf"{tmp_path}/{name}: .*({why})", str(error))
+        check(opened[-1], frame(0, 9))
+    bad, fine = [str(tmp_path / "bad.jsonl")], [save(tmp_path / "a.jsonl", frame(0, 9))]
+    for opened in (open_many([bad, fine], "json", 5, 3), open_mapped([bad, fine], "json", 5)):
+        assert "bad.jsonl: cannot be read" in str(opened[0])
+        check(opened[1], frame(0, 9))
+    assert waits == []
+    assert not caplog.records
+
+
+def stream(path, **options):
+    return open_stream(DataConfig(path=path, layout="grid", **options), None, 10)
+
+
+def test_streams_open_what_tables_open(tmp_path):
+    for form in ("parquet", "csv", "jsonl"):
+        (tmp_path / form).mkdir()
+        _, expected = parts(tmp_path / form, form)
+        check(stream(str(tmp_path / form)), expected)
+    arrow = tmp_path / "a.arrow"
+    rows = pa.Table.from_pandas(frame(0, 30), preserve_index=False)
+    with pa.OSFile(str(arrow), "wb") as sink, pa.ipc.new_file(sink, rows.schema) as writer:
+        writer.write_table(rows)
+    check(stream(str(arrow)), frame(0, 30))
+    (tmp_path / "a.csv.bz2").write_bytes(bz2.compress(frame(0, 30).to_csv(index=False).encode()))
+    table = stream({"train": str(tmp_path / "a.csv.bz2"), "test": str(tmp_path / "csv" / "1.csv")})
+    assert table.read([SOURCE])[SOURCE].to_pylist() == ["train"] * 30 + ["test"] * 5
+    (tmp_path / "odd.csv").write_text("n,other\n1,2\n")
+    with pytest.raises(UserError, match=r"data\.path: column 'other' is in the split test but not in the split train"):
+        stream({"train": str(tmp_path / "a.csv.bz2"), "test": str(tmp_path / "odd.csv")})
+    (tmp_path / "none.csv").write_text("n,t\n")
+    with pytest.raises(UserError, match=r"^data\.path .*none\.csv: no rows"):
+        stream(str(tmp_path / "none.csv"))
+
+
+README = """---
+configs:
+- config_name: main
+  data_files:
+  - {{split: train, path: "d/0.{form}"}}
+  - {{split: test, path: ["d/1.{form}", "d/2.{form}"]}}
+{extra}---
+"""
+
+
+@pytest.mark.parametrize("form", ["parquet", "csv", "jsonl"])
+def test_files_of_a_hub_data_set_are_found_by_its_readme(tmp_path, form, monkeypatch):
+    (tmp_path / "d").mkdir()
+    _, expected = parts(tmp_path / "d", form)
+    (tmp_path / "README.md").write_text(README.format(form=form, extra=""))
+    monkeypatch.setattr(sources, "local_files", lambda config, beside: {})
+    table = stream(str(tmp_path), name="main")
+    check(table, expected)
+    assert table.read([SOURCE])[SOURCE].to_pylist() == ["train"] * 23 + ["test"] * 45
+    check(stream(str(tmp_path), name="main", source_split="test"), expected[23:])
+    with pytest.raises(UserError, match=r"data\.source_split: no split 'tset' in .*'test'.*streaming: false"):
+        stream(str(tmp_path), name="main", source_split="tset")
+    if form == "csv":
+        (tmp_path / "README.md").write_text(README.format(form=form, extra='  sep: ";"\n'))
+        with pytest.raises(UserError, match=r"its README sets sep, .*streaming: false"):
+            stream(str(tmp_path), name="main")
+    (tmp_path / "README.md").write_text("---\nconfigs: 3\n---\n")
+    with pytest.raises(UserError, match=r"the hub says: "):
+        stream(str(tmp_path), name="main")

@@ -1,0 +1,45 @@
+"""Signals that ask a run to stop: the step is finished, a checkpoint written, and the same command continues the run."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+SAME = 2.0  # seconds in which a launcher passes on to its processes a signal that they have got themselves
+
+
+class Preempted(Exception):
+    """A run was stopped by a signal, at a checkpoint."""
+
+    def __init__(self, number: int):
+        super().__init__(signal.Signals(number).name)
+        self.number = number
+
+
+@contextmanager
+def stop_signals() -> Iterator[Callable[[], int | None]]:
+    """Ctrl-C, SIGTERM and SIGUSR1 are noticed: gives a function that returns the number of the one that came, or None. A
+    second one exits at once. Outside the main thread, where Python has no handlers, none is noticed."""
+    came: list[tuple[int, float]] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: None
+        return
+
+    def handle(number: int, frame: Any) -> None:
+        now = time.monotonic()
+        if came and not ("WORLD_SIZE" in os.environ and now - came[0][1] < SAME):
+            os._exit(128 + number)
+        came.append((number, now))
+
+    names = [name for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)]
+    before = {number: signal.signal(number, handle) for number in (getattr(signal, name) for name in names)}
+    try:
+        yield lambda: came[0][0] if came else None
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler or signal.SIG_DFL)
