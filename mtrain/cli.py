@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import os
 import sys
 import textwrap
@@ -15,6 +16,8 @@ from rich.console import Console
 from mtrain.config import keys, load_config
 from mtrain.errors import UserError
 from mtrain.train.stop import Preempted
+
+BENCHES = ("heads", "step", "stream", "scale", "checkpoint")
 
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:
@@ -70,13 +73,21 @@ def _run(argv: list[str]) -> None:
     partition.add_argument("config", type=Path, help="YAML file")
     partition.add_argument("-o", "--output", type=Path, required=True, help="folder")
     partition.add_argument("--rows", type=int, default=1024, help="rows of a row group of the files [1024]")
+    plan = command("plan", "Show who would own what on so many processes, and what a step would send.", epilog=overrides)
+    plan.add_argument("config", type=Path, help="YAML file")
+    plan.add_argument("--ranks", type=int, required=True, help="processes")
+    plan.add_argument("--memory", type=float, metavar="GB", help="of each process, for parameters, gradients and moments")
+    plan.add_argument("--fsdp", action="store_true", help="the trunk sharded by FSDP2 instead of replicated by DDP")
+    consolidate = command("consolidate", "Write a run's model as one file, or such a file as a run directory.")
+    consolidate.add_argument("source", type=Path, help="run directory, or a .safetensors file that this command wrote")
+    consolidate.add_argument("-o", "--output", type=Path, required=True, help=".safetensors file, or a new run directory")
     bench = command("bench", "Measure, and write the figures as JSON.")
-    bench.add_argument("name", choices=["heads", "step", "stream"])
+    bench.add_argument("name", choices=list(BENCHES))
     bench.add_argument("--json", type=Path, help="file for the figures")
     bench.add_argument("--case", action="append", help="heads: only this case (repeatable)")
 
     arguments, rest = parser.parse_known_args(argv)
-    with_config = arguments.command in ("train", "tasks", "partition")
+    with_config = arguments.command in ("train", "tasks", "partition", "plan")
     if rest and not with_config:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -94,6 +105,11 @@ def _run(argv: list[str]) -> None:
         if arguments.command == "tasks":
             runs.show_tasks(config, beside, console)
             return
+        if arguments.command == "plan":
+            from mtrain.report.plan import show_plan
+
+            show_plan(config, beside, arguments.ranks, arguments.memory, console, arguments.fsdp)
+            return
         if arguments.command == "partition":
             from mtrain.data.partition import partition as rewrite
 
@@ -103,23 +119,18 @@ def _run(argv: list[str]) -> None:
         runs.train(config, beside, path, console, arguments.resume)
     elif arguments.command == "eval":
         runs.evaluate(arguments.run, console)
+    elif arguments.command == "consolidate":
+        from mtrain.train.consolidate import consolidate as convert
+
+        convert(arguments.source, arguments.output, console)
     else:
         runs.predict(arguments.run, arguments.data, arguments.output, console)
 
 
 def _bench(arguments: argparse.Namespace) -> None:
-    if arguments.name == "heads":
-        from mtrain.bench import heads
-
-        heads.run(arguments.json, arguments.case)
-    elif arguments.name == "step":
-        from mtrain.bench import step
-
-        step.run(arguments.json)
-    else:
-        from mtrain.bench import stream
-
-        stream.run(arguments.json)
+    module = importlib.import_module(f"mtrain.bench.{arguments.name}")
+    options = [arguments.case] if arguments.name == "heads" else []
+    module.run(arguments.json, *options)
 
 
 def _quiet() -> None:

@@ -214,7 +214,7 @@ def test_a_directory_that_is_no_run_is_refused(tmp_path, capsys):
 
 def test_a_run_that_was_stopped_early_cannot_predict_yet_and_says_so(tmp_path, capsys, monkeypatch):
     config = write_problem(tmp_path, "grid")
-    monkeypatch.setattr(runs.Trainer, "run", lambda self: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(runs.Trainer, "run", lambda self, start: (_ for _ in ()).throw(KeyboardInterrupt))
     assert mtrain("train", config, "--run_dir", tmp_path / "run") == 130
     _, path = new_rows(tmp_path)
     assert mtrain("predict", tmp_path / "run", path, "-o", tmp_path / "out.csv") == 2
@@ -301,4 +301,4 @@ def test_wandb_offline_keeps_one_id_over_restarts_and_explicit_steps(tmp_path):
     ids = {path.name.rpartition("-")[2] for path in (tmp_path / "run" / "wandb").glob("offline-run-*")}
     assert len(ids) == 1
     assert len(list((tmp_path / "run" / "wandb").glob("offline-run-*"))) == 2
-    assert RunDir(tmp_path / "run").checkpoints.latest()["run_id"] == ids.pop()
+    assert RunDir(tmp_path / "run").checkpoints.newest().state["run_id"] == ids.pop()

@@ -12,10 +12,13 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 import yaml
 
 import mtrain
 from mtrain.cli import main
+from mtrain.train.loop import Trainer
+from mtrain.train.run_dir import RunDir
 
 TASKS = 12
 CONFIG = {
@@ -99,7 +102,7 @@ def test_a_killed_run_continues_to_the_same_curve_without_noise(tmp_path):
     assert (whole.returncode, whole.stderr) == (0, "")
     process = subprocess.Popen([*words, "killed"], env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
     deadline = time.monotonic() + 200
-    while not list(Path("killed/checkpoints").glob("step-*.pt")) and time.monotonic() < deadline:
+    while not list(Path("killed/checkpoints").glob("step-*")) and time.monotonic() < deadline:
         time.sleep(0.01)
     process.kill()
     process.communicate()
@@ -201,22 +204,63 @@ def binary_labels(path):
     pq.write_table(table.drop_columns("y").append_column("y", labels), path)
 
 
+GONE = "1 tasks are gone, their heads are left behind: task 3"
+NEW = "1 tasks are new, their heads start fresh: new"
+
+
 @pytest.mark.parametrize(
-    ("change", "what"),
+    ("change", "said"),
     [
-        (lambda path: path.unlink(), "task 'task 3' is gone"),
-        (lambda path: path.rename(path.with_name("new.parquet")), "task 'new' is new"),
-        (binary_labels, "task 'task 3' has another kind"),
+        (lambda path: path.unlink(), [GONE]),
+        (lambda path: path.with_name("new.parquet").write_bytes(path.read_bytes()), [NEW]),
+        (lambda path: path.rename(path.with_name("new.parquet")), [NEW, GONE]),
     ],
+    ids=["gone", "new", "renamed"],
 )
-def test_a_run_is_not_continued_with_other_tasks(change, what, capsys):
+def test_a_run_continues_with_tasks_that_were_added_or_removed(change, said, capsys, monkeypatch):
+    heads, save_it, load_it = {}, Trainer._save, Trainer._load_state
+
+    def saving(self, *arguments):
+        save_it(self, *arguments)
+        heads["saved"] = self.bank.to_modules()
+
+    def loading(self, *arguments):
+        heads["fresh"] = self.bank.to_modules()
+        load_it(self, *arguments)
+        heads["loaded"] = self.bank.to_modules()
+
+    write_files()
+    config = save(CONFIG | {"tasks": {}})
+    monkeypatch.setattr(Trainer, "_save", saving)
+    run(capsys, "train", config, "--run_dir", "run")
+    before = RunDir(Path("run")).checkpoints.newest()
+    monkeypatch.setattr(Trainer, "_save", save_it)
+    monkeypatch.setattr(Trainer, "_load_state", loading)
+    change(Path("tasks/task 3.parquet"))
+    out = run(capsys, "train", config, "--run_dir", "run", "--train.epochs", 8)
+    assert [line for line in (NEW, GONE) if line in out] == said
+    assert f"continuing at step {before.step} of " in out
+    expected = set(before.names) - ({"task 3"} if GONE in said else set()) | ({"new"} if NEW in said else set())
+    after = RunDir(Path("run")).checkpoints.newest()
+    assert after.names == expected == set(pq.read_table("run/per_task.parquet")["task"].to_pylist())
+    assert after.step > before.step
+    cursors, earlier = after.state["loader"]["cursors"], before.state["loader"]["cursors"]
+    assert cursors.keys() == heads["loaded"].keys() == expected
+    for name, head in heads["loaded"].items():  # those that stay are identical, new ones are fresh
+        wanted = heads["fresh" if name == "new" else "saved"][name]
+        assert all(torch.equal(p, q) for p, q in zip(head.parameters(), wanted.parameters(), strict=True))
+    assert all(cursors[name] > earlier.get(name, 0) for name in expected)
+    assert RunDir(Path("run")).compare_tasks(RunDir(Path("run")).tasks()) == ([], [])
+
+
+def test_a_run_is_not_continued_with_a_task_of_another_kind(capsys):
     write_files()
     config = save(CONFIG | {"tasks": {}})
     run(capsys, "train", config, "--run_dir", "run")
     before = Path("run/tasks.parquet").read_bytes()
-    change(Path("tasks/task 3.parquet"))
+    binary_labels(Path("tasks/task 3.parquet"))
     line = run(capsys, "train", config, "--run_dir", "run", "--train.epochs", 8, code=2)
-    assert f"{what} " in line
+    assert "task 'task 3' has another kind " in line
     assert Path("run/tasks.parquet").read_bytes() == before
 
 
@@ -252,8 +296,6 @@ def test_lists_of_another_length_in_one_task_are_named_or_its_task_left_out(odd,
 
 def test_a_file_that_breaks_during_the_run_is_named(capsys, monkeypatch):
     write_files()
-    from mtrain.train.loop import Trainer
-
     evaluate = Trainer._evaluate
 
     def breaking(self, *arguments):

@@ -70,15 +70,13 @@ class Dropout(nn.Module):
         UserError: where `p` is not in [0, 1).
     """
 
-    constants: Tensor
-
     def __init__(self, p: float, layer: int):
         super().__init__()
         if not 0 <= p < 1:
             raise UserError(f"dropout is {p}: expected a probability, at least 0 and below 1")
         self.p = p
         self.layer = layer
-        self.register_buffer("constants", torch.empty(0, dtype=torch.int64), persistent=False)
+        self.constants = torch.empty(0, dtype=torch.int64)  # not a buffer, which DDP would send around in each forward pass
 
     def forward(self, x: Tensor, keys_B: Tensor | None = None) -> Tensor:
         """`x` `[B, ..., J]`; `keys_B` from `row_keys`. Without keys this is `F.dropout`, in evaluation the identity."""

@@ -251,17 +251,6 @@ class HeadGroup(nn.Module):
             self.register_buffer(f"constants_{layer}", unit_constants(salt_T, width), persistent=False)
 
     @torch.no_grad()
-    def start_equal(self, name: str, outputs: int, seed: int) -> None:
-        """Each head as the one of this name and number of outputs begins."""
-        widths = [stack.shape[2] for stack in self.weights] + [self.outputs]
-        one = HeadGroup([name], [outputs], [0], widths, self.activation, 0.0, seed)
-        for stack, start in zip(self.parameters(), one.parameters(), strict=True):
-            stack.copy_(start.expand_as(stack))
-        if self.pad_TO is not None:
-            self.weights[-1][self.pad_TO] = 0
-            self.biases[-1][self.pad_TO] = 0
-
-    @torch.no_grad()
     def reset_parameters(self, seed: int) -> None:
         """Each head as `nn.Linear` begins: uniform within 1/sqrt(fan_in), seeded by (seed, name, layer) alone."""
         for layer, (weight, bias) in enumerate(zip(self.weights, self.biases, strict=True)):
@@ -355,7 +344,6 @@ class HeadBank(nn.Module):
 
     Attributes:
         groups: the `HeadGroup`s. `group.task_ids` are positions in `names`.
-        largest: name and number of outputs of each group's largest head, held here or not.
         group_T, local_T: each task's group, and its place in that group.
 
     Raises:
@@ -402,7 +390,7 @@ class HeadBank(nn.Module):
         grouped = [[ids[i] for i in group] for ids in members for group in group_by_size([self.outputs[i] for i in ids])]
         widths = (in_features, *self.hidden)
         largest = [max(ids, key=lambda i: self.outputs[i]) for ids in grouped]
-        self.largest = [(self.names[i], self.outputs[i]) for i in largest]
+        self.seed, self._largest = seed, [(self.names[i], self.outputs[i]) for i in largest]
         if here is not None:
             place = {i: place for place, i in enumerate(here)}
             grouped = [[place[i] for i in ids if i in place] for ids in grouped]
@@ -411,7 +399,7 @@ class HeadBank(nn.Module):
             HeadGroup(
                 [self.names[i] for i in ids], [self.outputs[i] for i in ids], ids, (*widths, out), activation, dropout, seed
             )
-            for ids, out in zip(grouped, [out for _, out in self.largest], strict=True)
+            for ids, out in zip(grouped, [out for _, out in self._largest], strict=True)
         )
         self.groups = cast(Sequence[HeadGroup], nn.ModuleList(groups))
         group_T, local_T = torch.empty(2, len(self.names), dtype=torch.int64)
@@ -421,6 +409,14 @@ class HeadBank(nn.Module):
         # plain attributes, not buffers: routes are computed on the CPU
         self.ids = [torch.tensor(ids, dtype=torch.int64) for ids in grouped]
         self.group_T, self.local_T = group_T, local_T
+
+    def common_start(self, number: int) -> list[Tensor]:
+        """How the largest head of a group begins, on whichever rank it is: what heads that are pulled together start from."""
+        group, (name, outputs) = self.groups[number], self._largest[number]
+        widths = (self.in_features, *self.hidden, outputs)
+        one = HeadGroup([name], [outputs], [0], widths, self.activation, 0.0, self.seed)
+        device = group.weights[0].device
+        return [stack[0].detach().to(device) for stack in one.parameters()]
 
     def route(self, task_P: Tensor, row_P: Tensor | None = None) -> list[Route]:
         """A `Route` for each group that has labels. `task_P`: each label's task (position in `names`); `row_P`: its row

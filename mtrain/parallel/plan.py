@@ -205,7 +205,8 @@ def flows(plan: Plan, work: Workload, fsdp: bool = False) -> dict[str, Flow]:
     if not work.trunk_trained:
         found.pop("feature gradients", None)
     if work.heads_trained:
-        found["hot heads"] = Flow("all-reduce", 4 * int(work.head_params_T[plan.hot].sum()))
+        # beside a hot head's gradient: whether its loss is finite, and whether it has labels
+        found["hot heads"] = Flow("all-reduce", 4 * (int(work.head_params_T[plan.hot].sum()) + 2 * len(plan.hot)))
         found["shared heads"] = Flow("all-reduce", 4 * work.shared_params)
     found["losses"] = Flow("all-reduce", 4 * (3 * len(plan.names) + 1))
     found["control"] = Flow("all-reduce", 4 * 8)
@@ -289,10 +290,11 @@ def _too_small(names: Sequence[str], size_T: NDArray[np.float64], order: Sequenc
         return float(placed[1].max())
 
     task = order[0]
-    enough = [f"{packed(ranks) * 1.005 / 1e9:.3g} GB a rank"]  # not rounded down
+    enough = [f"{packed(ranks) * 1.005 / 1e9:.3g} GB"]  # not rounded down
     if size_T[task] <= room:
         enough.append(f"{1 + bisect_left(range(1, len(names)), True, key=lambda r: packed(r) <= room)} ranks")
     return UserError(
         f"memory: the heads need {size_T.sum() / 1e9:.3g} GB with gradients and moments, the largest ('{names[task]}') "
-        f"{size_T[task] / 1e9:.3g} GB; {ranks} ranks of {room / 1e9:.3g} GB cannot hold them; {' or '.join(enough)} would do"
+        f"{size_T[task] / 1e9:.3g} GB; {ranks} rank{'s' if ranks > 1 else ''} with {room / 1e9:.3g} GB each beside the trunk "
+        f"cannot hold them; {' or '.join(enough)} would do"
     )

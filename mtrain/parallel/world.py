@@ -14,6 +14,10 @@ from mtrain.errors import UserError
 
 T = TypeVar("T")
 
+# torch 2.13 renames them
+_ALL_GATHER = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_REDUCE_SCATTER = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
 
 class World:
     """Collectives over all processes; with one process each is the identity.
@@ -65,7 +69,7 @@ class World:
         own[: len(x_BD)] = x_BD
         every = x_BD.new_empty(self.size * each, *x_BD.shape[1:])
         self.sent["all_gather"] += every.nbytes
-        dist.all_gather_into_tensor(every, own)
+        _ALL_GATHER(every, own)
         return every.view(self.size, each, *x_BD.shape[1:]).transpose(0, 1).flatten(0, 1)[:total]
 
     def scatter_dealt(self, x_GD: Tensor) -> Tensor:
@@ -78,7 +82,7 @@ class World:
         by_rank = padded.view(each, self.size, *shape).transpose(0, 1).flatten(0, 1)
         own = x_GD.new_empty(each, *shape)
         self.sent["reduce_scatter"] += by_rank.nbytes
-        dist.reduce_scatter_tensor(own, by_rank)
+        _REDUCE_SCATTER(own, by_rank)
         return own[: self.count_dealt(len(x_GD))]
 
     def exchange(self, x_BD: Tensor, sent_R: Sequence[int], received_R: Sequence[int]) -> Tensor:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
+from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import DistributedDataParallelKwargs, DistributedType, GradScalerKwargs, InitProcessGroupKwargs
+from accelerate.utils import DistributedType, GradScalerKwargs, InitProcessGroupKwargs
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
@@ -36,7 +39,6 @@ def make_accelerator(config: Config) -> Accelerator:
     AcceleratorState._reset_state()  # a notebook may train another precision than before
     handlers = [
         GradScalerKwargs(enabled=False),  # the stepper has a loss scale of its own, for trunk and heads
-        DistributedDataParallelKwargs(broadcast_buffers=False),
         InitProcessGroupKwargs(timeout=timedelta(minutes=config.train.timeout_minutes)),
     ]
     log_with = "wandb" if config.tracker.class_path.rpartition(".")[2].lower() == "wandb" else None
@@ -63,14 +65,15 @@ def make_accelerator(config: Config) -> Accelerator:
     return accelerator
 
 
-def check_trunk(trunk: nn.Module, accelerator: Accelerator) -> None:
-    """Refuse what would compute something else on several ranks than on one.
+def prepare(accelerator: Accelerator, trunk: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[Any, Any]:
+    """`accelerator.prepare`: the trunk in DDP or FSDP2, as the launcher asks, and its optimizer.
 
     Raises:
-        UserError: batch normalisation, whose statistics would be those of each rank's own rows.
+        UserError: the trunk has batch normalisation, whose statistics would be those of each rank's own rows; or accelerate
+            did not wrap it as asked, so that ranks would train apart.
     """
     if accelerator.num_processes == 1:
-        return
+        return accelerator.prepare(trunk, optimizer)
     batch_norm = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
     found = next((name for name, module in trunk.named_modules() if isinstance(module, batch_norm)), None)
     if found is not None:
@@ -78,15 +81,28 @@ def check_trunk(trunk: nn.Module, accelerator: Accelerator) -> None:
             f"model.trunk: '{found}' is batch normalisation, whose statistics would be those of each process's own rows; use "
             "norm: layer, a SyncBatchNorm of your own, or one process"
         )
+    wanted: type = DistributedDataParallel
+    if getattr(accelerator.state, "fsdp_plugin", None) is not None:
+        wanted = FSDPModule
+        accelerator.state.distributed_type = DistributedType.FSDP  # accelerate forgets it when an optimizer is prepared
+    model, optimizer = accelerator.prepare(trunk, optimizer)
+    if not isinstance(model, wanted):
+        raise UserError(f"accelerate did not wrap the trunk in {wanted.__name__}, as its config file asks; check that file")
+    return model, optimizer
 
 
-def check_wrapper(model: nn.Module, accelerator: Accelerator) -> None:
-    """Whether accelerate wrapped the trunk as it was asked to.
-
-    Raises:
-        UserError: it did not, so ranks would train apart.
-    """
-    kind = accelerator.distributed_type
-    wanted = DistributedDataParallel if kind in _DDP else FSDPModule if kind == DistributedType.FSDP else None
-    if wanted is not None and not isinstance(model, wanted):
-        raise UserError(f"accelerate did not wrap the trunk in {wanted.__name__}, as {kind.value} asks; check its config file")
+@contextmanager
+def unsynchronised(model: nn.Module) -> Iterator[None]:
+    """Gradients inside the block are not averaged over ranks, as another backward will add to them."""
+    inner = getattr(model, "_orig_mod", model)
+    if isinstance(inner, FSDPModule):
+        inner.set_requires_gradient_sync(False)
+        try:
+            yield
+        finally:
+            inner.set_requires_gradient_sync(True)
+    elif isinstance(inner, DistributedDataParallel):
+        with inner.no_sync():
+            yield
+    else:
+        yield

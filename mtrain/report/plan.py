@@ -59,7 +59,7 @@ def print_plan(work: Workload, ranks: int, memory_gb: float | None, console: Con
     if len(plan.hot):
         _line(f"hot tasks, on every rank: {some([plan.names[t] for t in plan.hot])}", console)
     if ranks > work.batch:
-        _line(f"with {work.batch} rows a step, {ranks - work.batch} ranks or more have none; raise train.global_batch", console)
+        _line(f"with {work.batch} rows a step, at least {ranks - work.batch} ranks have none", console)
     console.print()
     console.print(_ranks_table(plan, work))
     console.print()

@@ -14,12 +14,15 @@ import re
 import shutil
 import threading
 import uuid
+import weakref
 import zlib
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any, Protocol, TypeVar
 
 import torch
@@ -109,17 +112,19 @@ class Checkpoints:
         self.refused: list[str] = []
         self.in_flight = False
         self._damaged: set[int] = set()
-        self._tidied = False
+        self._token = ""  # the same on all ranks, from the first save on
         self._buffer = ShardBuffer()
-        self._thread = threading.Thread()
+        self._jobs: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
+        self._done = threading.Event()
+        self._done.set()
         self._written: tuple[str, int, int] | str = ""  # file, size and checksum, or what went wrong
-        self._step, self._unfinished = 0, folder
+        self._step = 0
         self._about: dict[str, Any] = {}
 
     @property
     def writing(self) -> bool:
         """Whether this rank has not written its file yet."""
-        return self._thread.is_alive()
+        return not self._done.is_set()
 
     @torch.no_grad()
     def save(self, step: int, snapshot: Snapshot, about: dict[str, Any]) -> str | None:
@@ -128,12 +133,9 @@ class Checkpoints:
         A save that is still in flight is finished first: returns what `finish` says of it.
         """
         failure = self.finish()
-        if self.world.rank == 0 and not self._tidied:
-            self._tidy()
-        self._tidied = True
-        token = self.world.gather_objects(uuid.uuid4().hex)[0]
+        if not self._token:
+            self._begin()
         self._step, self._about = step, json.loads(json.dumps(about))
-        self._unfinished = self.folder / f".{_name(step)}.{token}"
         layout: dict[str, Any] = {"tensors": {}, "heads": []}
         sources = _own_regions(snapshot.tensors, self.world.rank, layout["tensors"])
         for number, stacks in enumerate(snapshot.heads):
@@ -143,14 +145,19 @@ class Checkpoints:
             layout["state"] = encode(snapshot.state, tensors)
             sources |= {key: (tensor, None) for key, tensor in tensors.items()}
         self._buffer.fill(sources)
-        path = self._unfinished / f"shard-{self.world.rank:05d}-of-{self.world.size:05d}.safetensors"
-        self._thread = threading.Thread(target=self._write, args=(path, layout), name="checkpoint", daemon=True)
-        self._thread.start()
+        self._done.clear()
+        self._jobs.put(partial(self._write, layout))
         self.in_flight = True
         return failure
 
-    def _write(self, path: Path, layout: dict[str, Any]) -> None:
+    @property
+    def _unfinished(self) -> Path:
+        """Where the save in flight is written."""
+        return self.folder / f".{_name(self._step)}.{self._token}"
+
+    def _write(self, layout: dict[str, Any]) -> None:
         """In the thread: no collectives, and nothing is raised."""
+        path = self._unfinished / f"shard-{self.world.rank:05d}-of-{self.world.size:05d}.safetensors"
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             self._written = (path.name, *self._buffer.write(path, layout))
@@ -158,6 +165,7 @@ class Checkpoints:
             self._written = f"{path.name}: {error.strerror or error}"
         except Exception as error:
             self._written = f"{path.name}: {type(error).__name__}: {error}"
+        self._done.set()
 
     def finish(self) -> str | None:
         """Wait for a save that is in flight, and `commit` it."""
@@ -170,7 +178,7 @@ class Checkpoints:
         went back, are removed as well, and so are those that `newest` found damaged.
         """
         assert self.in_flight
-        self._thread.join()
+        self._done.wait()
         self.in_flight = False
         written = self.world.gather_objects(self._written)
         line = self._settle(written) if self.world.rank == 0 else None
@@ -309,17 +317,20 @@ class Checkpoints:
                 found.setdefault(int(match[1]), path)
         return found
 
-    def _tidy(self) -> None:
-        """Remove what killed processes left; a complete one gets its name."""
-        try:
-            for step, path in self._found().items():
-                if _HIDDEN.fullmatch(path.name):
-                    os.rename(path, self.folder / _name(step))
-            for path in self.folder.iterdir() if self.folder.is_dir() else ():
-                if _HIDDEN.fullmatch(path.name):
-                    _remove(path)
-        except OSError:
-            pass  # the save that follows says what is wrong
+    def _begin(self) -> None:
+        """Before the first save: start the one thread for all (starting it makes the caller wait), and on rank 0 remove what
+        killed processes left; a complete checkpoint gets its name."""
+        threading.Thread(target=_serve, args=(self._jobs,), name="checkpoints", daemon=True).start()
+        weakref.finalize(self, self._jobs.put, None)
+        if self.world.rank == 0:
+            with suppress(OSError):  # the save that follows says what is wrong
+                for step, path in self._found().items():
+                    if _HIDDEN.fullmatch(path.name):
+                        os.rename(path, self.folder / _name(step))
+                for path in self.folder.iterdir() if self.folder.is_dir() else ():
+                    if _HIDDEN.fullmatch(path.name):
+                        _remove(path)
+        self._token = self.world.gather_objects(uuid.uuid4().hex)[0]
 
 
 class Saved:
@@ -455,6 +466,12 @@ class Saved:
         return self._shards[file].tensor(key)
 
 
+def _serve(jobs: SimpleQueue[Callable[[], None] | None]) -> None:
+    while (job := jobs.get()) is not None:
+        job()
+        del job  # or it keeps its checkpoints alive while waiting for the next
+
+
 def _own_regions(tensors: dict[str, Tensor], rank: int, layout: dict[str, Any]) -> _Sources:
     """What this rank writes of the trunk; `layout` gets the shape of the whole, and offset and shape of the region."""
     own: _Sources = {}
@@ -468,21 +485,16 @@ def _own_regions(tensors: dict[str, Tensor], rank: int, layout: dict[str, Any]) 
 
 def _own_heads(number: int, stacks: Stacks, layout: list[Any]) -> _Sources:
     """What this rank writes of a head group; `layout` gets a description of it."""
-    heads = [row for row in range(len(stacks.names)) if stacks.written is None or stacks.written[row]]
-    if not heads:
+    names, sizes, rows = list(stacks.names), list(stacks.sizes), dict[torch.device, Tensor]()
+    if stacks.written is not None and not all(stacks.written):
+        heads = [row for row, written in enumerate(stacks.written) if written]
+        names, sizes = [names[row] for row in heads], [sizes[row] for row in heads]
+        rows = {device: torch.tensor(heads, device=device) for device in {t.device for t in stacks.tensors.values()}}
+    if not names:
         return {}
-    some_only = len(heads) < len(stacks.names)
-    devices = {tensor.device for tensor in stacks.tensors.values()}
-    rows = {device: torch.tensor(heads, device=device) if some_only else None for device in devices}
-    layout.append(
-        {
-            "group": number,
-            "names": [stacks.names[row] for row in heads],
-            "sizes": [int(stacks.sizes[row]) for row in heads],
-            "shapes": {key: [len(heads), *tensor.shape[1:]] for key, tensor in stacks.tensors.items()},
-        }
-    )
-    return {f"heads/{number}/{key}": (tensor, rows[tensor.device]) for key, tensor in stacks.tensors.items()}
+    shapes = {key: [len(names), *tensor.shape[1:]] for key, tensor in stacks.tensors.items()}
+    layout.append({"group": number, "names": names, "sizes": sizes, "shapes": shapes})
+    return {f"heads/{number}/{key}": (tensor, rows.get(tensor.device)) for key, tensor in stacks.tensors.items()}
 
 
 def _region(tensor: Tensor) -> tuple[Tensor, list[int]]:

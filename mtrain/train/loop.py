@@ -33,7 +33,7 @@ from mtrain.parallel.plan import make_plan
 from mtrain.parallel.shard import Shard
 from mtrain.parallel.workload import workload
 from mtrain.parallel.world import World
-from mtrain.parallel.wrap import check_trunk, check_wrapper
+from mtrain.parallel.wrap import prepare
 from mtrain.report.progress import TrainingProgress
 from mtrain.tasks import TaskTable
 from mtrain.train.checkpoint import Saved, Snapshot
@@ -67,9 +67,13 @@ def build_bank(tasks: TaskTable, config: Config, shared: SharedModel, own: NDArr
     if own is not None:
         tasks = tasks.take(own)
     with torch.no_grad():
-        for group, (name, outputs) in zip(bank.groups, bank.largest, strict=True):
+        for number, group in enumerate(bank.groups):
             if head.toward_shared:
-                group.start_equal(name, outputs, config.train.seed)
+                for stack, start in zip(group.parameters(), bank.common_start(number), strict=True):
+                    stack.copy_(start.expand_as(stack))
+                if group.pad_TO is not None:
+                    group.weights[-1][group.pad_TO] = 0
+                    group.biases[-1][group.pad_TO] = 0
             if head.bias == "constant":
                 constants = [tasks.stats["constant"][int(t) % len(tasks)] for t in group.task_ids]
                 for bias, logits in zip(group.biases[-1], constants, strict=True):
@@ -230,9 +234,7 @@ class Trainer:
         if self.trunk_optimizer is None and self.head_optimizer is None:
             raise UserError("freeze: trunk and heads are both frozen or empty; nothing is left to train")
         if self.trunk_optimizer is not None:
-            check_trunk(self.shared, self.accelerator)
-            model, self.trunk_optimizer = self.accelerator.prepare(self.shared, self.trunk_optimizer)
-            check_wrapper(model, self.accelerator)
+            model, self.trunk_optimizer = prepare(self.accelerator, self.shared, self.trunk_optimizer)
         else:
             model = self.shared.to(device)
         if train.compile:
@@ -358,7 +360,7 @@ class Trainer:
                 if due or stop or (every is not None and step % every == 0):
                     self.seconds += time.monotonic() - saved
                     saved = time.monotonic()
-                    if last and not evaluates:
+                    if last and phase.name == "fit" and not evaluates:
                         self.selection.step, self.selection.steps_per_epoch = step, phase.steps_per_epoch
                     self._save(phase, step, totals, last)
                 if stop:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import os
 import zlib
 from collections.abc import Callable, Mapping
@@ -38,6 +39,7 @@ DTYPES = {
 }
 
 _PLAIN = frozenset((type(None), bool, int, float, str))
+_TEXT = frozenset((str,))
 
 
 class Damaged(UserError):
@@ -49,34 +51,24 @@ class ShardBuffer:
 
     def __init__(self) -> None:
         self._bytes = torch.empty(0, dtype=torch.uint8)
-        self._pinned = False
-        self._places: dict[str, tuple[str, list[int], int, int]] = {}
+        self._kinds: dict[str, tuple[torch.dtype, tuple[int, ...], bool]] = {}
+        self._places: dict[str, tuple[int, Tensor]] = {}  # of each tensor, in the order of the file: offset and view
+        self._size = 0
         self._events: list[torch.cuda.Event] = []
 
-    @torch.no_grad()
     def fill(self, tensors: Mapping[str, tuple[Tensor, Tensor | None]]) -> None:
-        """Copy each tensor, or those of its rows `[n]` int64 (on its device) that are given.
+        """Copy each tensor, or those of its rows `[n]` int64 (on its device) that are given; called without gradients.
 
         Copies from CUDA are only queued, in order with what follows on the device; `write` waits for them.
         """
-        views: list[tuple[Tensor, Tensor, Tensor | None]] = []
-        self._places, end = {}, 0
-        # the widest types first, so that each tensor is aligned without gaps, which the format does not allow
-        for key in sorted(tensors, key=lambda key: -tensors[key][0].element_size()):
+        kinds = {
+            key: (tensor.dtype, tensor.shape if rows is None else (len(rows), *tensor.shape[1:]), tensor.is_cuda)
+            for key, (tensor, rows) in tensors.items()
+        }
+        if kinds != self._kinds:
+            self._place(kinds)
+        for key, (_, view) in self._places.items():
             tensor, rows = tensors[key]
-            shape = list(tensor.shape) if rows is None else [len(rows), *tensor.shape[1:]]
-            begin, end = end, end + _numel(shape) * tensor.element_size()
-            if tensor.dtype not in DTYPES:
-                raise TypeError(f"checkpoint: {key} is of type {tensor.dtype}, which the file format does not have")
-            self._places[key] = DTYPES[tensor.dtype], shape, begin, end
-        pinned = any(tensor.is_cuda for tensor, _ in tensors.values())
-        if end > len(self._bytes) or pinned != self._pinned:
-            self._bytes = torch.empty(end, dtype=torch.uint8, pin_memory=pinned)
-            self._pinned = pinned
-        for key, (_, shape, begin, end) in self._places.items():
-            tensor, rows = tensors[key]
-            views.append((self._bytes[begin:end].view(tensor.dtype).view(shape), tensor.detach(), rows))
-        for view, tensor, rows in views:
             if rows is None:
                 view.copy_(tensor, non_blocking=tensor.is_cuda)
             elif tensor.device.type == "cpu":
@@ -89,6 +81,21 @@ class ShardBuffer:
             event.record(torch.cuda.current_stream(device))
             self._events.append(event)
 
+    def _place(self, kinds: dict[str, tuple[torch.dtype, tuple[int, ...], bool]]) -> None:
+        for key, (dtype, _, _) in kinds.items():
+            if dtype not in DTYPES:
+                raise TypeError(f"checkpoint: {key} is of type {dtype}, which the file format does not have")
+        sizes = {key: math.prod(shape) * dtype.itemsize for key, (dtype, shape, _) in kinds.items()}
+        self._size, pinned = sum(sizes.values()), any(is_cuda for *_, is_cuda in kinds.values())
+        if self._size > len(self._bytes) or pinned != self._bytes.is_pinned():
+            self._bytes = torch.empty(self._size, dtype=torch.uint8, pin_memory=pinned)
+        self._kinds, self._places, begin = kinds, {}, 0
+        # the widest types first, so that each tensor is aligned without gaps, which the format does not allow
+        for key, (dtype, shape, _) in sorted(kinds.items(), key=lambda item: -item[1][0].itemsize):
+            view = self._bytes[begin : begin + sizes[key]].view(dtype).view(shape)
+            self._places[key] = begin, view
+            begin += sizes[key]
+
     def write(self, path: Path, layout: Mapping[str, Any]) -> tuple[int, int]:
         """Write the file, with `layout` as JSON, and sync it; returns its size and CRC-32.
 
@@ -96,19 +103,18 @@ class ShardBuffer:
             OSError: as the file system does.
         """
         text = json.dumps(layout).encode()
-        total = max((end for *_, end in self._places.values()), default=0)
         header: dict[str, Any] = {
-            key: {"dtype": dtype, "shape": shape, "data_offsets": [begin, end]}
-            for key, (dtype, shape, begin, end) in self._places.items()
+            key: {"dtype": DTYPES[view.dtype], "shape": list(view.shape), "data_offsets": [begin, begin + view.nbytes]}
+            for key, (begin, view) in self._places.items()
         }
-        header[LAYOUT] = {"dtype": "U8", "shape": [len(text)], "data_offsets": [total, total + len(text)]}
+        header[LAYOUT] = {"dtype": "U8", "shape": [len(text)], "data_offsets": [self._size, self._size + len(text)]}
         described = json.dumps(header).encode()
         described += b" " * (-len(described) % 8)
         for event in self._events:
             event.synchronize()
         crc = size = 0
         with path.open("wb") as file:
-            for part in (len(described).to_bytes(8, "little"), described, self._bytes[:total].numpy().data, text):
+            for part in (len(described).to_bytes(8, "little"), described, self._bytes[: self._size].numpy().data, text):
                 for start in range(0, len(part), CHUNK):
                     chunk = part[start : start + CHUNK]
                     file.write(chunk)
@@ -163,10 +169,15 @@ def encode(value: Any, tensors: dict[str, Tensor], where: str = "state") -> Any:
         TypeError: naming the place of something else.
     """
     kind = type(value)  # training waits for this: there may be several values for each of 10,000 tasks
-    if kind is dict and all(type(key) is str for key in value):
-        tree = {k: v if type(v) in _PLAIN else encode(v, tensors, f"{where}.{k}") for k, v in value.items()}
+    if kind is dict and _TEXT.issuperset(map(type, value)):
+        if _PLAIN.issuperset(map(type, value.values())):
+            tree = dict(value)
+        else:
+            tree = {k: v if type(v) in _PLAIN else encode(v, tensors, f"{where}.{k}") for k, v in value.items()}
         return {"$dict": tree} if "$" in "".join(tree) else tree
     if kind is list:
+        if _PLAIN.issuperset(map(type, value)):
+            return list(value)
         return [each if type(each) in _PLAIN else encode(each, tensors, where) for each in value]
     if kind is tuple:
         return {"$tuple": encode(list(value), tensors, where)}
@@ -189,10 +200,3 @@ def decode(tree: Any, tensor: Callable[[str], Tensor]) -> Any:
     if "$tuple" in tree:
         return tuple(decode(each, tensor) for each in tree["$tuple"])
     return {key: decode(each, tensor) for key, each in tree.get("$dict", tree).items()}
-
-
-def _numel(shape: list[int]) -> int:
-    numel = 1
-    for size in shape:
-        numel *= size
-    return numel

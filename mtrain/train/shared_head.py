@@ -36,6 +36,7 @@ class SharedHeads:
         self.stacks = [[p.detach() for p in group.parameters()] for group in bank.groups] if self.active else []
         self.world = shard.world
         groups = bank.groups if self.active else []
+        self.starts = [bank.common_start(number) for number in range(len(groups))]
         tasks = [group.task_ids % max(1, len(label_T)) for group in groups]
         self.owned = [_owned(group, label_T[at] > 0) for group, at in zip(groups, tasks, strict=True)]
         counts_T = torch.from_numpy(shard.counts).to(label_T.device)
@@ -44,14 +45,15 @@ class SharedHeads:
         self.means = self._mean()
 
     def _mean(self) -> list[list[Tensor]]:
-        """The mean of the heads as they are."""
+        """The mean of the heads as they are, by their distance from where they started: then it is exact while they are
+        equal, and no rounding, which AdamW would blow up, pulls them."""
         sums = [
-            [(stack * own).sum(0) for stack, own in zip(*of_group, strict=True)]
-            for of_group in zip(self.stacks, self.counted, strict=True)
+            [((stack - start) * own).sum(0) for stack, start, own in zip(*of_group, strict=True)]
+            for of_group in zip(self.stacks, self.starts, self.counted, strict=True)
         ]
         return [
-            [total / count.clamp(min=1) for total, count in zip(*of_group, strict=True)]
-            for of_group in zip(self._summed(sums), self.counts, strict=True)
+            [start + total / count.clamp(min=1) for start, total, count in zip(*of_group, strict=True)]
+            for of_group in zip(self.starts, self._summed(sums), self.counts, strict=True)
         ]
 
     def _summed(self, values: list[list[Tensor]]) -> list[list[Tensor]]:

@@ -20,6 +20,7 @@ from mtrain.data.batch import Batch
 from mtrain.model.dropout import row_keys
 from mtrain.model.heads import HeadBank
 from mtrain.parallel.shard import Shard
+from mtrain.parallel.wrap import unsynchronised
 from mtrain.train.hot_heads import HotHeads, PieceLoss
 from mtrain.train.objective import Objective, Piece, pieces, routes
 from mtrain.train.optim import HeadAdamW, HeadUpdate
@@ -176,7 +177,7 @@ class Stepper:
         updates = []
         for i, micro in enumerate(batch):
             last = i == len(batch) - 1
-            with nullcontext() if last else self.accelerator.no_sync(self.model):
+            with nullcontext() if last else unsynchronised(self.model):
                 updates.append(self._micro(micro, step, num_labels, window, rebalance=single))
         if not single:
             window.sum_up(self.shard)
@@ -241,6 +242,8 @@ class Stepper:
 
     def _head_updates(self, found: list[PieceLoss], grads: list[Tensor], coefficient_T: Tensor) -> list[HeadUpdate]:
         """Updates of the tasks that have labels in the batch and a finite loss."""
+        if not found:
+            return []
         moves = [loss.finite_A & (loss.count_A > 0) for loss in found]
         moves = list(torch.cat(moves).cpu().split([len(moves_A) for moves_A in moves]))  # one transfer for all groups
         updates = []

@@ -15,6 +15,8 @@ from mtrain.data.prepare import prepare, read_source
 from mtrain.data.statistics import with_statistics
 from mtrain.errors import UserError
 from mtrain.model.kinds import Binary, Kind, Multiclass, Poisson, Quantile, Regression
+from mtrain.parallel.shard import Shard
+from mtrain.parallel.world import World
 from mtrain.tasks import Task, TaskTable
 
 
@@ -243,16 +245,26 @@ def test_too_little_memory_for_the_chunks_in_use_is_said(tmp_path):
         assert any("chunks that are in use at once" in note for note in result.notes) == said
 
 
-def test_rows_that_cannot_be_used_are_left_out_of_batches_by_the_chunk(tmp_path):
+def test_rows_that_cannot_be_used_have_zeros_and_no_labels_in_batches_by_the_chunk(tmp_path):
     frame = grid_frame()
     frame["x1"] = frame["x1"].abs() + 0.1
     frame.loc[[5, 50, 77], "x1"] = -1.0
     tree = {"data": {"layout": "grid", "streaming": True, "chunk_rows": 10}, "inputs": {"x1": "test_prepare.Positive"}}
     tree |= {"tasks": {"labels": "y*"}}
     _, data = prepared(tmp_path, frame, tree)
-    seen = [row for part in data.parts.values() for batch, _ in part.batches(data.inputs, 32) for row in batch.row_B.tolist()]
+    shard, seen, unused = Shard.replicated(World(), data.tasks.names), [], []
+    for part in data.parts.values():
+        for batch, original in part.batches(data.inputs, 32, shard, False):
+            for labels in (batch.labels, original):
+                labelled = labels.grid().y_BT.isfinite().any(1)
+                assert labelled.tolist() == [row not in (5, 50, 77) for row in batch.row_B.tolist()]
+            unused += batch.row_B[~labelled].tolist()
+            assert not batch.x_BF[~labelled].any()
+            assert batch.x_BF[labelled].all()
+            seen += batch.row_B.tolist()
     with_label = np.flatnonzero(frame.filter(like="y").notna().any(axis=1))
-    assert sorted(seen) == sorted(set(with_label.tolist()) - {5, 50, 77})
+    assert sorted(seen) == with_label.tolist()
+    assert sorted(unused) == sorted({5, 50, 77} & set(with_label.tolist()))
     assert data.inputs.notes() == ["3 inputs cannot be used: their rows are left out"]
     with pytest.raises(UserError, match=r"[123] of 200 cannot be used, more than data.max_invalid"):
         prepared(tmp_path, frame, tree | {"data": tree["data"] | {"max_invalid": 0.0}})

@@ -15,9 +15,11 @@ from mtrain.data.batch import Batch, Pairs
 from mtrain.data.statistics import with_statistics
 from mtrain.model.heads import HeadBank
 from mtrain.model.kinds import Binary, Multiclass, Poisson, Quantile, Regression
+from mtrain.parallel.shard import Shard
+from mtrain.parallel.world import World
 from mtrain.tasks import Task, TaskTable
 from mtrain.train.objective import Objective, coefficients
-from mtrain.train.step import Stepper
+from mtrain.train.step import Stepper, count
 
 KINDS = [
     Regression(),
@@ -148,7 +150,7 @@ class Ones:
 
 
 def fake_accelerator(mixed_precision="no"):
-    return SimpleNamespace(autocast=nullcontext, mixed_precision=mixed_precision)
+    return SimpleNamespace(autocast=nullcontext, no_sync=lambda model: nullcontext(), mixed_precision=mixed_precision)
 
 
 def make_bank(tasks, hidden=(), **options):
@@ -165,7 +167,9 @@ def make_stepper(
         fake_accelerator(precision),
         model,
         bank,
-        Objective(tasks, bank, config, sampling_T, torch.device("cpu")),
+        Shard.replicated(World(), tasks.names),
+        Objective(tasks, bank, torch.device("cpu")),
+        torch.tensor(coefficients(tasks, config, sampling_T), dtype=torch.float32),
         balancer or Ones(),
         trunk_optimizer,
         head_optimizer,
@@ -173,6 +177,16 @@ def make_stepper(
         head,
         tasks.stats["train_labels"],
     )
+
+
+def run_step(stepper, batch, step, totals, pieces=1):
+    """Train on a batch, in so many micro-batches of consecutive rows."""
+    sizes = [len(rows) for rows in np.array_split(np.arange(len(batch.row_B)), pieces)]
+    parts = zip(batch.x_BF.split(sizes), batch.row_B.split(sizes), batch.labels.split(sizes), strict=True)
+    micro = [Batch(*part) for part in parts]
+    num_labels, num_rows = count(micro)
+    assert (num_labels, num_rows) == (len(batch.labels.pairs().y_P), len(batch.row_B))
+    stepper(micro, step, totals, num_labels, num_rows)
 
 
 def head_gradients(bank, updates):

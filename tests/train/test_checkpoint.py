@@ -454,7 +454,7 @@ def test_a_crash_before_the_rename_leaves_the_one_before_and_no_rubbish_later(tm
     checkpoints = Checkpoints(tmp_path)
     save(checkpoints, 1)
     checkpoints.save(2, snapshot(2), {})
-    checkpoints._thread.join()
+    checkpoints._done.wait(20)
     monkeypatch.setattr(os, name, lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         checkpoints.commit()
@@ -488,6 +488,7 @@ def test_a_rank_that_cannot_write_is_said_in_one_line_and_the_one_before_stays(t
         world.gather_objects(None)
         full.clear()
         left = os.listdir(tmp_path)
+        world.gather_objects(None)
         save(checkpoints, 3)
         assert value_of(checkpoints.newest()) == 3
         return line, left
@@ -504,7 +505,7 @@ def test_a_failure_of_a_save_in_flight_is_said_by_the_next_save(tmp_path, monkey
     checkpoints = Checkpoints(tmp_path)
     monkeypatch.setattr(os, "fsync", lambda _: (_ for _ in ()).throw(OSError(errno.EDQUOT, "Disk quota exceeded")))
     assert checkpoints.save(1, snapshot(1), {}) is None
-    checkpoints._thread.join()
+    checkpoints._done.wait(20)
     monkeypatch.undo()
     line = checkpoints.save(2, snapshot(2), {})
     assert "step-000000001 was not written" in line

@@ -10,12 +10,13 @@ from problems import D, draw_labels, label_loss, make_bank, make_tasks
 from sklearn.metrics import accuracy_score, f1_score, mean_squared_error, roc_auc_score
 from torch import nn
 
-from mtrain.config import ObjectiveConfig
 from mtrain.data.batch import Pairs
 from mtrain.data.inputs import MemoryInputs
 from mtrain.data.loader import Part
 from mtrain.errors import UserError
 from mtrain.model.kinds import Binary, Multiclass, Poisson, Quantile
+from mtrain.parallel.shard import Shard
+from mtrain.parallel.world import World
 from mtrain.train import evaluate
 from mtrain.train.evaluate import Evaluator, flatten
 from mtrain.train.objective import Objective
@@ -35,8 +36,8 @@ def problem(request, monkeypatch):
     part = part_of(row, task, y, standard, weight, len(tasks))
     x = torch.randn(60, D)
     bank = make_bank(tasks, (4,))
-    objective = Objective(tasks, bank, ObjectiveConfig(), None, torch.device("cpu"))
-    evaluator = Evaluator(tasks, nn.Identity(), bank, objective, 1, torch.device("cpu"))
+    objective, shard = Objective(tasks, bank, torch.device("cpu")), Shard.replicated(World(), tasks.names)
+    evaluator = Evaluator(tasks, nn.Identity(), bank, objective, shard, False, 1, torch.device("cpu"))
     return tasks, evaluator, x, part, (row, task, y, standard)
 
 

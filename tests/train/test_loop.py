@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import signal
 from io import StringIO
 from pathlib import Path
@@ -13,15 +14,18 @@ import pytest
 import torch
 from problems import TASKS, run_config
 from rich.console import Console
+from safetensors import safe_open
 
 from mtrain import runs
 from mtrain.data.prepare import prepare, read_source
 from mtrain.errors import UserError
-from mtrain.train import loop
+from mtrain.parallel.world import World
 from mtrain.train.evaluate import Evaluator, Scores
 from mtrain.train.loop import Selection, Trainer, joined, lr_factor
 from mtrain.train.run_dir import RunDir
+from mtrain.train.state import head_stacks, trunk_tensors
 from mtrain.train.step import Stepper
+from mtrain.train.stop import Preempted
 
 
 def train(config, path):
@@ -35,9 +39,12 @@ def curve(path):
     return [{k: v for k, v in line.items() if k not in ("rows_per_second", "data_wait")} for line in lines]
 
 
-def weights(path, name="latest"):
-    state = getattr(RunDir(path).checkpoints, name)()
-    return {f"{part}.{k}": v for part in ("shared", "bank") for k, v in state[part].items()}
+def weights(path, name="newest"):
+    """Every tensor of a checkpoint: of trunk, heads, both optimizers and state."""
+    run = RunDir(path)
+    saved = run.checkpoints.newest() if name == "newest" else run.model()
+    with safe_open(saved.path / "shard-00000-of-00001.safetensors", "pt") as file:
+        return {key: file.get_tensor(key) for key in file.keys() if key != "layout"}  # noqa: SIM118
 
 
 def assert_same_run(a, b):
@@ -46,7 +53,7 @@ def assert_same_run(a, b):
             assert_same_run(a / split, b / split)
         return
     assert curve(a) == curve(b)
-    for name in ("latest", "model"):
+    for name in ("newest", "model"):
         mine, other = weights(a, name), weights(b, name)
         assert mine.keys() == other.keys()
         assert all(torch.equal(mine[k], other[k]) for k in mine)
@@ -73,6 +80,7 @@ RESUMED = {
 }
 
 
+STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 WAYS = [(how, case) for case in RESUMED for how in ("killed", "interrupted")]
 
 
@@ -88,36 +96,35 @@ def test_a_run_that_was_stopped_is_the_run_that_was_not(case, how, tmp_path, mon
     num_calls = sum(curve(file.parent)[-1]["step"] for file in (tmp_path / "straight").rglob("metrics.jsonl"))
     stop_at = {int(a * num_calls) + 1 for a in (0.1, 0.45, 0.9)}
 
-    def stopping(self, batch, step, totals):
+    def stopping(self, batch, step, *rest):
         seen.append(step)
         if len(seen) in stop_at:
             if how == "killed":
                 raise Killed
-            os.kill(os.getpid(), signal.SIGINT)
-        call(self, batch, step, totals)
+            os.kill(os.getpid(), STOPS[(len(seen) > 0.2 * num_calls) + (len(seen) > 0.7 * num_calls)])
+        call(self, batch, step, *rest)
 
     monkeypatch.setattr(Stepper, "__call__", stopping)
-    stops = 0
+    stops = []
     while True:
         try:
             train(config, tmp_path / "stopped")
             break
-        except (Killed, KeyboardInterrupt):
-            stops += 1
-    assert stops == 3
-    if how == "interrupted":  # not a step was done twice
+        except Killed:
+            stops.append(None)
+        except Preempted as stop:
+            stops.append(stop.number)
+            (mark,) = (tmp_path / "stopped").rglob("preempted")
+            name, step = re.fullmatch(r"(SIG\w+) at step (\d+)\n", mark.read_text()).groups()
+            assert getattr(signal, name) == stop.number
+            assert RunDir(mark.parent).checkpoints.newest().step == int(step)
+    assert not list((tmp_path / "stopped").rglob("preempted"))
+    if how == "killed":
+        assert len(stops) == 3
+    else:  # not a step was done twice
+        assert stops == list(STOPS)
         assert len(seen) == num_calls
     assert_same_run(tmp_path / "straight", tmp_path / "stopped")
-
-
-def test_a_second_interrupt_stops_at_once():
-    before = signal.getsignal(signal.SIGINT)
-    with loop._interrupts() as interrupted:
-        os.kill(os.getpid(), signal.SIGINT)
-        assert interrupted()
-        with pytest.raises(KeyboardInterrupt):
-            os.kill(os.getpid(), signal.SIGINT)
-    assert signal.getsignal(signal.SIGINT) is before
 
 
 def test_starting_a_finished_run_again_changes_nothing(tmp_path):
@@ -149,13 +156,21 @@ def test_a_refitted_run_does_not_silently_ignore_more_epochs(tmp_path):
         train(run_config("grid", split={"refit": True}, train={"epochs": 3}), tmp_path)
 
 
-def test_a_damaged_checkpoint_stops_the_start_by_name(tmp_path):
-    config = run_config("grid", train={"epochs": 1})
-    train(config, tmp_path)
-    (newest,) = (tmp_path / "checkpoints").glob("step-*.pt")
-    newest.write_bytes(newest.read_bytes()[:500])
-    with pytest.raises(UserError, match=f"{newest.name}: is damaged"):
-        train(config, tmp_path)
+@pytest.mark.parametrize("how", ["cut short", "a flipped bit"])
+def test_a_damaged_checkpoint_is_refused_by_name_and_the_one_before_it_taken(how, tmp_path):
+    config = run_config("grid", train={"epochs": 4, "keep_checkpoints": 2})
+    train(config, tmp_path / "whole")
+    train(config, tmp_path / "damaged")
+    before, newest = sorted((tmp_path / "damaged" / "checkpoints").glob("step-*"))[-2:]
+    (file,) = newest.glob("shard-*")
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 4
+    file.write_bytes(data[:500] if how == "cut short" else data)
+    _, said = train(config, tmp_path / "damaged")
+    (line,) = (line for line in said.splitlines() if "it is not used" in line)
+    assert f"{newest.name}/{file.name}: is damaged" in line
+    assert f"continuing at step {int(before.name.removeprefix('step-'))} of" in said
+    assert_same_run(tmp_path / "whole", tmp_path / "damaged")
 
 
 def test_training_stops_without_improvement_and_the_best_step_is_selected(tmp_path, monkeypatch):
@@ -217,7 +232,10 @@ def test_a_refit_trains_as_long_as_selected_on_train_and_valid_and_scores_the_te
         next(x["epoch"] for x in lines if x["step"] == summary["selected_step"] and "epoch" in x), abs=0.2
     )
     assert refit[-1]["step"] > max(fit)
-    assert (tmp_path / "checkpoints" / "refit.pt").is_file()
+    run = RunDir(tmp_path)
+    assert run.model().step == run.checkpoints.newest().step == refit[-1]["step"]
+    assert run.model().about == {"phase": "refit", "best": summary["selected_step"], "final": refit[-1]["step"]}
+    assert (run.best().step, run.best().about["phase"]) == (summary["selected_step"], "fit")
 
 
 @pytest.mark.parametrize("layout", ["grid", "routed", "pairs"])
@@ -237,23 +255,17 @@ def test_parts_joined_for_a_refit_hold_the_labels_of_both(layout):
 @pytest.mark.parametrize("frozen", ["trunk", "heads"])
 def test_a_frozen_part_does_not_change_at_all(frozen, tmp_path):
     config = run_config("grid", freeze=[frozen], model={"trunk": "problems.OwnTrunk"}, train={"epochs": 1})
-    trainer = Trainer(
-        prepare(read_source(config), 0), config, RunDir(tmp_path / "x"), runs.make_accelerator(config), _tracker(), Console()
-    )
-    start = {
-        f"{part}.{k}": v.clone()
-        for part, m in (("shared", trainer.shared), ("bank", trainer.bank))
-        for k, v in m.state_dict().items()
-    }
+    prepared, tracker = prepare(read_source(config), 0), runs.TRACKERS["none"]()
+    run, accelerator = RunDir(tmp_path / "x"), runs.make_accelerator(config)
+    trainer = Trainer(prepared, config, run, accelerator, World(), tracker, Console())
+    start = {f"tensors/{name}": tensor.clone() for name, tensor in trunk_tensors(trainer.shared).items()}
+    for number, stacks in enumerate(head_stacks(trainer.bank)):
+        start |= {f"heads/{number}/{name}": tensor.clone() for name, tensor in stacks.tensors.items()}
     train(config, tmp_path / "run")
     end = weights(tmp_path / "run")
-    still = {k for k in end if torch.equal(start[k], end[k])}
-    part = {"trunk": "shared", "heads": "bank"}[frozen]
-    assert still == {k for k in end if k.startswith(part)}
-
-
-def _tracker():
-    return runs.TRACKERS["none"]()
+    still = {k for k in start if torch.equal(start[k], end[k])}
+    part = {"trunk": "tensors/", "heads": "heads/"}[frozen]
+    assert still == {k for k in start if k.startswith(part)}
 
 
 def test_freezing_everything_is_refused(tmp_path):

@@ -18,6 +18,7 @@ from problems import (
     make_tasks,
     naive_objective,
     rows_as_inputs,
+    run_step,
 )
 from torch import nn
 
@@ -35,13 +36,13 @@ def totals_of(tasks):
     return Totals(len(tasks), torch.device("cpu"))
 
 
-def recorded(tasks, bank, batch, **options):
+def recorded(tasks, bank, batch, pieces=1, **options):
     """One step without moving anything: totals, gradients of features, gradients of heads."""
     model = Rows(len(batch.row_B))
     trunk, heads = Recorder(model), Recorder()
     stepper = make_stepper(tasks, bank, model, trunk, heads, **options)
     totals = totals_of(tasks)
-    stepper(rows_as_inputs(batch), 0, totals)
+    run_step(stepper, rows_as_inputs(batch), 0, totals, pieces)
     return totals, model, trunk.grads[0], head_gradients(bank, heads.grads)
 
 
@@ -89,8 +90,8 @@ def test_micro_batches_give_the_update_of_the_whole_batch(layout, options):
     tasks = make_tasks(rng)
     bank = make_bank(tasks, (3,))
     batch = make_batch(rng, tasks, layout, weighted=True)
-    whole, _, z_whole, heads_whole = recorded(tasks, bank, batch, global_batch=24, **options)
-    parts, _, z_parts, heads_parts = recorded(tasks, bank, batch, global_batch=24, micro_batch=5, **options)
+    whole, _, z_whole, heads_whole = recorded(tasks, bank, batch, **options)
+    parts, _, z_parts, heads_parts = recorded(tasks, bank, batch, pieces=5, **options)
     assert float(parts.loss) == pytest.approx(float(whole.loss), rel=1e-5)
     torch.testing.assert_close(z_parts, z_whole)
     assert heads_parts.keys() == heads_whole.keys()
@@ -106,15 +107,16 @@ def test_micro_batches_without_labels_and_batches_without_labels_change_nothing(
     labels = batch.labels
     keep = labels.row_P < 6
     few = Pairs.of(labels.row_P[keep], labels.task_P[keep], labels.y_P[keep], None, 12, len(tasks))
-    whole, _, z_whole, _ = recorded(tasks, bank, Batch(batch.x_BF, batch.row_B, few), global_batch=12)
-    parts, _, z_parts, _ = recorded(tasks, bank, Batch(batch.x_BF, batch.row_B, few), global_batch=12, micro_batch=6)
+    whole, _, z_whole, _ = recorded(tasks, bank, Batch(batch.x_BF, batch.row_B, few))
+    parts, _, z_parts, _ = recorded(tasks, bank, Batch(batch.x_BF, batch.row_B, few), pieces=2)
     assert float(parts.loss) == pytest.approx(float(whole.loss), rel=1e-5)
     torch.testing.assert_close(z_parts, z_whole)
 
     model, heads = Rows(12), Recorder()
     none = Pairs.of(labels.row_P[:0], labels.task_P[:0], labels.y_P[:0], None, 12, len(tasks))
     totals = totals_of(tasks)
-    make_stepper(tasks, bank, model, Recorder(model), heads)(Batch(batch.row_B[:, None].float(), batch.row_B, none), 0, totals)
+    stepper = make_stepper(tasks, bank, model, Recorder(model), heads)
+    run_step(stepper, Batch(batch.row_B[:, None].float(), batch.row_B, none), 0, totals)
     assert heads.steps == totals.steps == 0
 
 
@@ -163,12 +165,12 @@ def test_weights_of_an_accumulated_window_come_from_the_window_before():
             seen.append(loss_T.nansum())
             return torch.full_like(loss_T, float(len(seen) + 1))
 
-    stepper = make_stepper(tasks, make_bank(tasks), model, Recorder(model), Recorder(), balancer=Counting(), micro_batch=7)
+    stepper = make_stepper(tasks, make_bank(tasks), model, Recorder(model), Recorder(), balancer=Counting())
     batch = rows_as_inputs(make_batch(rng, tasks, "grid"))
     losses = []
     for step in range(3):
         totals = totals_of(tasks)
-        stepper(batch, step, totals)
+        run_step(stepper, batch, step, totals, pieces=4)
         losses.append(float(totals.loss))
     np.testing.assert_allclose(np.array(losses) / losses[0], [1, 2, 3], rtol=1e-5)
 
@@ -220,7 +222,7 @@ def test_the_shared_head_follows_the_heads_and_padding_stays_zero():
     optimizer = HeadAdamW(bank, lr=0.1)
     stepper = make_stepper(tasks, bank, model, None, optimizer, toward_shared=50.0)
     for step in range(6):
-        stepper(rows_as_inputs(make_batch(rng, tasks, "routed")), step, totals_of(tasks))
+        run_step(stepper, rows_as_inputs(make_batch(rng, tasks, "routed")), step, totals_of(tasks))
     for group, means in zip(bank.groups, stepper.shared_heads.means, strict=True):
         for stack, mean in zip(group.parameters(), means, strict=True):
             pad = group.pad_TO if group.pad_TO is not None and stack.shape[1] == group.outputs else None
@@ -278,7 +280,7 @@ def test_a_training_equals_a_loop_with_separate_heads_and_optimizers(layout, cli
     losses = []
     for step, batch in enumerate(batches):
         totals = totals_of(tasks)
-        stepper(batch, step, totals)
+        run_step(stepper, batch, step, totals)
         losses.append(float(totals.loss))
     np.testing.assert_allclose(losses, expected, rtol=1e-4)
     for p, q in zip(trunk.parameters(), reference.parameters(), strict=True):
@@ -342,7 +344,7 @@ def test_missing_labels_never_bring_nan_gradients_whatever_their_logits_are():
     y = torch.tensor([[torch.nan, torch.nan, 1.0], [2.0, 1.0, 1.0]])
     labels = Grid(y)
     z = torch.zeros(2, D)
-    objective = Objective(tasks, bank, ObjectiveConfig(), None, torch.device("cpu"))
+    objective = Objective(tasks, bank, torch.device("cpu"))
     for piece in pieces(bank, z, labels, routes(bank, labels)):
         leaf = torch.tensor([[[200.0]], [[0.5]]]).expand(piece.logits.shape).clone().requires_grad_()
         losses = objective.losses(type(piece)(**(vars(piece) | {"logits": leaf})))
@@ -369,7 +371,7 @@ def test_a_step_with_a_trunk_that_is_not_finite_moves_neither_trunk_nor_heads(wh
     model, heads = Broken(24), Recorder()
     trunk = Recorder(model)
     totals = totals_of(tasks)
-    make_stepper(tasks, bank, model, trunk, heads)(rows_as_inputs(make_batch(rng, tasks, "grid")), 0, totals)
+    run_step(make_stepper(tasks, bank, model, trunk, heads), rows_as_inputs(make_batch(rng, tasks, "grid")), 0, totals)
     assert trunk.steps == heads.steps == 0
     assert totals.skipped == 1
     assert model.z.grad is None
@@ -403,7 +405,7 @@ def test_an_fp16_overflow_of_trunk_or_heads_skips_both_and_halves_the_scale_unti
     stepper = make_stepper(tasks, bank, model, Recorder(model), heads, precision="fp16")
     totals = totals_of(tasks)
     for step in range(18):
-        stepper(batch, step, totals)
+        run_step(stepper, batch, step, totals)
     assert stepper.scale.value == 1.0
     assert totals.skipped == 2  # 16 halvings, then the scale is not to blame
     assert heads.steps == 0
@@ -411,7 +413,7 @@ def test_an_fp16_overflow_of_trunk_or_heads_skips_both_and_halves_the_scale_unti
     identity = Recorder(None)
     stepper = make_stepper(tasks, bank, nn.Identity(), None, identity, precision="fp16")
     stepper.model = lambda x, keys: torch.full((len(x), D), 1e38)  # finite features, heads' gradients overflow
-    stepper(batch, 0, totals_of(tasks))
+    run_step(stepper, batch, 0, totals_of(tasks))
     assert identity.steps == 0
 
 

@@ -33,7 +33,7 @@ def test_wandb_is_offline_unless_asked_and_keeps_its_id_and_steps(tmp_path, monk
         init_trackers=lambda project, config, init_kwargs: calls.append((project, init_kwargs["wandb"])),
         get_tracker=lambda name, unwrap: run,
         log=lambda values, step: calls.append((values, step)),
-        end_training=lambda: calls.append("end"),
+        trackers=[SimpleNamespace(finish=lambda: calls.append("end"))],
     )
     tracker = build(Spec(class_path="Wandb", init_args={"project": "p"}), TRACKERS, "tracker")
     run_id = tracker.start(accelerator, tmp_path / "r", {"a": 1}, None)

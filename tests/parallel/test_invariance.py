@@ -1,0 +1,153 @@
+"""One process and several follow the same curve and reach the same weights (law 2), in every layout, mode and wrapper."""
+
+import json
+import os
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from mtrain.model.heads import HeadBank
+from mtrain.train.checkpoint import Checkpoints
+
+WORKER = Path(__file__).with_name("worker.py")
+QUICK = {
+    "grid": "gather", "grid-accumulated": "gather", "pairs": "gather", "owners-accumulated": "owners", "hot-shared": "owners",
+    "exchange": "exchange", "few": "owners", "grid-fsdp": "gather", "exchange-accumulated-fsdp": "exchange",
+}  # fmt: skip
+SLOW = {
+    "grid-refit": "gather", "members": "gather", "owners": "owners", "owners-shared": "owners", "hot": "owners",
+    "exchange-accumulated": "exchange", "owners-fsdp": "owners", "owners-accumulated-fsdp": "owners",
+    "grid-refit-fsdp": "gather",
+}  # fmt: skip
+
+
+def write_tables(folder):
+    rng = np.random.default_rng(0)
+    rows = 300
+    x = rng.normal(size=(rows, 6))
+    inputs = {f"x{i}": x[:, i] for i in range(6)}
+    labels = {}
+    for t in range(11):
+        score = x @ rng.normal(size=6) + 0.3 * rng.normal(size=rows)
+        classes = np.array(list("abcde"))[np.digitize(score, [-2, -1, 0, 2] if t == 2 else [-1, 1])]
+        values = pd.Series([score, (score > 0).astype(int), classes][t % 3], dtype=object)
+        labels[f"t{t}"] = values.mask(rng.random(rows) < 0.4)
+    pd.DataFrame(inputs | labels).to_csv(folder / "grid.csv", index=False)
+    numbers = pd.DataFrame({"key": range(rows)} | inputs | {k: v for i, (k, v) in enumerate(labels.items()) if i % 3 != 2})
+    names = [name for name in numbers if name.startswith("t")]
+    long = numbers.melt(["key", *inputs], names, "task", "y").dropna()
+    long.to_csv(folder / "pairs.csv", index=False)
+    for name, sizes in {"even": [60] * 12, "skewed": [300] + [20] * 10 + [5] * 6, "few": [40] * 5}.items():
+        task = rng.permutation(np.repeat(np.arange(len(sizes)), sizes))
+        x = rng.normal(size=(len(task), 6))
+        y = (x * rng.normal(size=(len(sizes), 6))[task]).sum(1) + 0.2 * rng.normal(size=len(task))
+        frame = pd.DataFrame({"task": [f"task {t}" for t in task], "y": y} | {f"x{i}": x[:, i] for i in range(6)})
+        frame.to_csv(folder / f"{name}.csv", index=False)
+
+
+def launch(folder, processes, cases, timeout=240):
+    """Run cases on so many processes."""
+    command = [sys.executable, str(WORKER), str(folder), *cases]
+    if processes > 1:
+        command[1:1] = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "WANDB_MODE": "offline"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=timeout)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """Gives the folder of runs of some cases on some processes, made at most once."""
+    root = tmp_path_factory.mktemp("invariance")
+
+    @cache
+    def run(processes, cases):
+        folder = root / f"{processes}-{'-'.join(cases)}"[:100]
+        folder.mkdir()
+        write_tables(folder)
+        launch(folder, processes, cases)
+        return folder
+
+    return run
+
+
+def curve(run):
+    lines = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+    timings = ("rows_per_second", "data_wait")
+    return {
+        (n["phase"], n["step"], key): v for n in lines for key, v in n.items() if isinstance(v, float) and key not in timings
+    }
+
+
+def weights(run):
+    """All parameters of a run's newest checkpoint, heads by task."""
+    saved = Checkpoints(run / "checkpoints").newest()
+    found = {name: torch.zeros(shape) for name, shape in saved._shapes.items()}
+    saved.copy_into(found)
+    found = {name: tensor for name, tensor in found.items() if name.startswith("trunk.")}
+    for file, group in saved._groups:
+        for key in group["shapes"]:
+            if key.count(".") == 1:  # not the optimizer's
+                stack = saved._tensor(file, f"heads/{group['group']}/{key}")
+                found |= {f"{name}: {key}": stack[i] for i, name in enumerate(group["names"])}
+    return found
+
+
+def check_alike(one, several):
+    expected, found = curve(one), curve(several)
+    assert expected.keys() == found.keys()
+    for key, value in expected.items():
+        tolerance = 1e-5 if key[2] == "loss" else 1e-3
+        assert found[key] == pytest.approx(value, rel=tolerance, abs=1e-6), key
+    expected, found = weights(one), weights(several)
+    assert expected.keys() == found.keys()
+    for name, tensor in expected.items():
+        torch.testing.assert_close(found[name], tensor, rtol=1e-4, atol=1e-4 * float(tensor.abs().max()), msg=name)
+
+
+@pytest.mark.parametrize("case", QUICK)
+@pytest.mark.parametrize("processes", [2, 4])
+def test_curves_and_weights_do_not_depend_on_the_number_of_processes(trained, case, processes):
+    several = trained(processes, tuple(QUICK)) / case
+    plain = tuple(dict.fromkeys(name.removesuffix("-fsdp") for name in QUICK))
+    check_alike(trained(1, plain) / case.removesuffix("-fsdp"), several)
+    if processes == 4:
+        plan = json.loads((several / "plan.json").read_text())
+        assert (plan["mode"], plan["hot"] > 0) == (QUICK[case], case in ("hot-shared", "few"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", SLOW)
+@pytest.mark.parametrize("processes", [2, 3, 4])
+def test_nor_do_those_of_the_other_cases(trained, case, processes):
+    several = trained(processes, tuple(SLOW)) / case
+    plain = tuple(dict.fromkeys(name.removesuffix("-fsdp") for name in SLOW))
+    check_alike(trained(1, plain) / case.removesuffix("-fsdp"), several)
+
+
+@pytest.mark.slow
+def test_five_tasks_on_seven_processes_take_part_without_hanging(trained):
+    check_alike(trained(1, ("few", "grid")) / "few", trained(7, ("few", "grid")) / "few")
+    check_alike(trained(1, ("few", "grid")) / "grid", trained(7, ("few", "grid")) / "grid")
+
+
+def test_a_bank_of_some_heads_has_the_groups_and_values_of_the_whole():
+    names, outputs = [f"t{i}" for i in range(9)], [1, 5, 4, 1, 2, 7, 1, 1, 6]
+    keys = ["a", "b", "b", "a", "b", "b", "a", "a", "b"]
+    whole = HeadBank(names, outputs, 6, hidden=(3,), keys=keys, seed=4)
+    for here in ([0, 2, 5], [1], [], [3, 4, 6, 7, 8]):
+        part = HeadBank(names, outputs, 6, hidden=(3,), keys=keys, seed=4, here=here)
+        assert part.names == [names[i] for i in here]
+        assert [group.outputs for group in part.groups] == [group.outputs for group in whole.groups]
+        found = dict(zip(part.names, part._heads(), strict=True))
+        for name, theirs in zip(whole.names, whole._heads(), strict=True):
+            if name in found:
+                for mine, other in zip(found[name], theirs, strict=True):
+                    assert all(torch.equal(a, b) for a, b in zip(mine, other, strict=True))

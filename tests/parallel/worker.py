@@ -1,0 +1,104 @@
+"""One process of several: trains the cases it is told, one after another. `python worker.py FOLDER CASE ...` under torchrun.
+
+A case ending in `-fsdp` shards the trunk by FSDP2: accelerate drops its plugin on a CPU, where FSDP2 itself works.
+"""
+
+import json
+import sys
+from pathlib import Path
+from unittest import mock
+
+import datasets
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+from rich.console import Console
+
+from mtrain import runs
+from mtrain.config import check_config
+from mtrain.errors import UserError
+from mtrain.parallel import wrap
+from mtrain.train import loop
+
+GRID = {
+    "data": {"path": "grid.csv", "layout": "grid"},
+    "inputs": {"x*": "Numeric"},
+    "model": {"trunk": {"class_path": "MLP", "init_args": {"widths": [16, 12], "dropout": 0.2}}, "head": {"hidden": [5]}},
+}
+ROUTED = {
+    "data": {"path": "even.csv", "layout": "routed", "task": "task", "label": "y"},
+    "inputs": {"x*": "Numeric"},
+    "split": {"by": "within_task"},
+    "sampler": "Proportional",
+    "model": {
+        "trunk": {"class_path": "MLP", "init_args": {"widths": [16, 12], "dropout": 0.2}},
+        "head": {"hidden": [4], "dropout": 0.3},
+    },
+}
+TRAIN = {"steps": 50, "global_batch": 46, "lr": 0.01, "clip": 0.5, "head_clip": 0.2, "log_every": 1, "eval_every": 1.0}
+SKEWED = {"data": {**ROUTED["data"], "path": "skewed.csv"}}
+DEEP = {"class_path": "MLP", "init_args": {"widths": [64, 12], "dropout": 0.2}}
+CASES = {
+    "grid": GRID,
+    "grid-accumulated": GRID | {"train": {"micro_batch": 13}},
+    "grid-refit": GRID | {"split": {"refit": True}},
+    "pairs": GRID | {"data": {"path": "pairs.csv", "layout": "pairs", "key": "key", "task": "task", "label": "y"}},
+    "members": GRID | {"model": {"trunk": {"class_path": "MLP", "init_args": {"widths": [8], "members": 3}}}},
+    "owners": ROUTED,
+    "owners-accumulated": ROUTED | {"train": {"micro_batch": 13}},
+    "owners-shared": ROUTED | {"model": {"trunk": "Linear", "head": {"toward_shared": 20.0}}},
+    "exchange": ROUTED | SKEWED | {"model": {"trunk": DEEP, "head": {"hidden": [60]}}},
+    "exchange-accumulated": ROUTED
+    | SKEWED
+    | {"model": {"trunk": DEEP, "head": {"hidden": [60]}}, "train": {"micro_batch": 13}},
+    "hot": ROUTED | SKEWED | {"model": {"trunk": DEEP}},
+    "hot-shared": ROUTED | SKEWED | {"model": {"trunk": DEEP, "head": {"toward_shared": 20.0}}, "train": {"micro_batch": 20}},
+    "few": ROUTED | {"data": {**ROUTED["data"], "path": "few.csv"}},
+}
+CASES |= {
+    f"{name}-fsdp": CASES[name] for name in ("grid", "owners", "owners-accumulated", "exchange-accumulated", "grid-refit")
+}
+
+
+class FSDPOnCPU(Accelerator):
+    def __init__(self, **options):
+        super().__init__(**options)
+        self.state.distributed_type = DistributedType.FSDP
+        self.state.fsdp_plugin = FullyShardedDataParallelPlugin(fsdp_version=2, cpu_ram_efficient_loading=False)
+
+
+def config_of(case, data):
+    tree = CASES[case]
+    tree = tree | {"data": tree["data"] | {"root": str(data)}, "train": TRAIN | tree.get("train", {}), "tracker": "none"}
+    return check_config(tree, case)
+
+
+def main(folder, *cases):
+    folder = Path(folder)
+    plain = wrap.Accelerator
+    for case in cases:
+        wrap.Accelerator = FSDPOnCPU if case.endswith("-fsdp") else plain
+        name, _, steps = case.partition("@")
+        config = config_of(name, folder)
+        path = folder / case
+        if steps:
+            config = config.model_copy(update={"train": config.train.model_copy(update={"steps": int(steps)})})
+        trainers = []
+        build = loop.Trainer._build
+        with mock.patch.object(loop.Trainer, "_build", lambda self, build=build, to=trainers: (to.append(self), build(self))):
+            runs.train(config, folder, path, Console(quiet=True))
+        trainer = trainers[-1]
+        sent = trainer.world.gather_objects(dict(trainer.world.sent))
+        if trainer.world.is_first:
+            plan = {"mode": trainer.plan.mode, "hot": len(trainer.plan.hot), "why": trainer.plan.why, "sent": sent}
+            (path / "plan.json").write_text(json.dumps(plan))
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    datasets.disable_progress_bars()
+    try:
+        main(*sys.argv[1:])
+    except UserError as error:
+        print(f"mtrain: {error}", file=sys.stderr)
+        sys.exit(2)
