@@ -7,6 +7,7 @@ import importlib
 import os
 import sys
 import textwrap
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -17,6 +18,7 @@ from mtrain.config import keys, load_config
 from mtrain.errors import UserError
 from mtrain.train.stop import Preempted
 
+SAID_ONCE = 1.0  # seconds in which a launcher ends the other processes, where rank 0 makes the same mistake
 BENCHES = ("heads", "step", "stream", "scale", "checkpoint")
 
 
@@ -25,6 +27,8 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     try:
         _run(sys.argv[1:] if argv is None else list(argv))
     except UserError as error:
+        if os.environ.get("RANK", "0") != "0":
+            time.sleep(SAID_ONCE)
         print(f"mtrain: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:

@@ -234,6 +234,7 @@ def test_a_run_continues_with_tasks_that_were_added_or_removed(change, said, cap
     monkeypatch.setattr(Trainer, "_save", saving)
     run(capsys, "train", config, "--run_dir", "run")
     before = RunDir(Path("run")).checkpoints.newest()
+    earlier = before.state["loader"]["cursors"]
     monkeypatch.setattr(Trainer, "_save", save_it)
     monkeypatch.setattr(Trainer, "_load_state", loading)
     change(Path("tasks/task 3.parquet"))
@@ -244,7 +245,7 @@ def test_a_run_continues_with_tasks_that_were_added_or_removed(change, said, cap
     after = RunDir(Path("run")).checkpoints.newest()
     assert after.names == expected == set(pq.read_table("run/per_task.parquet")["task"].to_pylist())
     assert after.step > before.step
-    cursors, earlier = after.state["loader"]["cursors"], before.state["loader"]["cursors"]
+    cursors = after.state["loader"]["cursors"]
     assert cursors.keys() == heads["loaded"].keys() == expected
     for name, head in heads["loaded"].items():  # those that stay are identical, new ones are fresh
         wanted = heads["fresh" if name == "new" else "saved"][name]

@@ -47,6 +47,14 @@ class World:
             dist.all_reduce(tensor)
         return tensor
 
+    def sum_each(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """All-reduce several tensors of one type as one."""
+        if self.size == 1 or not tensors:
+            return list(tensors)
+        flat = self.sum(torch.cat([tensor.flatten() for tensor in tensors]))
+        parts = flat.split([tensor.numel() for tensor in tensors])
+        return [part.view(tensor.shape) for part, tensor in zip(parts, tensors, strict=True)]
+
     def sum_numbers(self, *numbers: float) -> list[float]:
         """Sums over all ranks of a few numbers on the host."""
         if self.size == 1:

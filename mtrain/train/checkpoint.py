@@ -39,6 +39,7 @@ MANIFEST = "manifest.json"
 _VISIBLE = re.compile(r"step-(\d{9,})")
 _HIDDEN = re.compile(r"\.step-(\d{9,})\.[0-9a-f]+")  # being written, replaced or removed
 _LAYER = re.compile(r"\.(\d+)")
+_PARAMETER = re.compile(r"\w+\.\d+")  # of a head, not of its optimizer
 
 _X = TypeVar("_X")
 _Sources = dict[str, tuple[Tensor, Tensor | None]]  # of each name, those rows or all of them
@@ -363,6 +364,29 @@ class Saved:
         """The tree, its tensors on the CPU."""
         file, layout = next((file, layout) for file, layout in self._layouts.items() if "state" in layout)
         return decode(layout["state"], lambda key: self._tensor(file, key).clone())
+
+    def tensors(self, part: str) -> dict[str, Tensor]:
+        """All tensors whose names begin with `part` and a dot, whole."""
+        found = {}
+        for name, shape in self._shapes.items():
+            if name.startswith(f"{part}."):
+                file, _, _ = self._regions[name][0]
+                found[name] = torch.empty(shape, dtype=self._tensor(file, f"tensors/{name}").dtype)
+        self.copy_into(found)
+        return found
+
+    def heads(self) -> dict[str, dict[str, Tensor]]:
+        """The parameters of each head by its name: "weights.0" `[out, in]`, "biases.0" `[out]`, ..., without padding."""
+        found: dict[str, dict[str, Tensor]] = {}
+        for file, group in self._groups:
+            keys = [key for key in group["shapes"] if _PARAMETER.fullmatch(key)]
+            stacks = {key: self._tensor(file, f"heads/{group['group']}/{key}") for key in keys}
+            last = _last_layer(keys)
+            for row, (name, size) in enumerate(zip(group["names"], group["sizes"], strict=True)):
+                found[name] = {
+                    key: stack[row, :size] if _layer(key) == last else stack[row] for key, stack in stacks.items()
+                }
+        return found
 
     def copy_into(self, tensors: dict[str, Tensor]) -> None:
         """Fill tensors by name: plain ones whole, of DTensors what this rank holds, however they were saved.

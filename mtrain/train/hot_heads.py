@@ -30,10 +30,10 @@ class HotHeads:
 
     def __init__(self, bank: HeadBank, shard: Shard):
         self.world, self.num_tasks = shard.world, len(shard.own)
-        self.device = next(iter(bank.parameters())).device
-        self.hot = torch.from_numpy(shard.hot)
         self.stacks = [[p.detach() for p in group.parameters()] for group in bank.groups]
-        self.heads = [self.hot[ids % self.num_tasks].nonzero().squeeze(1) for ids in bank.ids]
+        self.device = self.stacks[0][0].device
+        self.hot_T = torch.from_numpy(shard.hot).to(self.device)
+        self.heads = [(self.hot_T.cpu()[ids % self.num_tasks]).nonzero().squeeze(1) for ids in bank.ids]
         """The hot heads of each group."""
 
     def agreed(self, found: Sequence[PieceLoss]) -> list[PieceLoss]:
@@ -41,8 +41,7 @@ class HotHeads:
         bad_T = torch.zeros(self.num_tasks, device=self.device)
         for loss in found:
             bad_T.index_add_(0, loss.piece.task_A, (~loss.finite_A).float())
-        hot = self.hot.to(self.device)
-        bad_T[hot] = self.world.sum(bad_T[hot])
+        bad_T[self.hot_T] = self.world.sum(bad_T[self.hot_T])
         agreed = []
         for loss in found:
             finite_A = bad_T[loss.piece.task_A] == 0
@@ -51,39 +50,33 @@ class HotHeads:
 
     def summed(self, updates: Sequence[HeadUpdate]) -> list[HeadUpdate]:
         """With the gradients of hot heads summed over ranks, in one all-reduce."""
+        sums: list[Tensor] = []  # for each group its hot heads' gradients `[H, ...]` and on how many ranks they moved
+        rest: list[HeadUpdate | None] = []
         of_group = {update.group: update for update in updates}
-        flat, shapes = [], []
-        for group, heads in enumerate(self.heads):
-            shapes += [(len(heads), *stack.shape[1:]) for stack in self.stacks[group]] + [(len(heads),)]
+        for group, (heads, stacks) in enumerate(zip(self.heads, self.stacks, strict=True)):
+            totals = [stack.new_zeros(len(heads), *stack.shape[1:]) for stack in stacks]
+            totals.append(torch.zeros(len(heads), device=self.device))
             update = of_group.get(group)
-            if update is None:
-                flat += [torch.zeros(shape, device=self.device) for shape in shapes[-len(self.stacks[group]) - 1 :]]
-                continue
-            active_A = torch.arange(len(self.stacks[group][0])) if update.active_A is None else update.active_A.cpu()
-            slot = torch.full((len(self.stacks[group][0]),), -1)
-            slot[heads] = torch.arange(len(heads))
-            at = (slot[active_A] >= 0).nonzero().squeeze(1)
-            place, rows = slot[active_A[at]].to(self.device), (active_A[at] if update.dense else at).to(self.device)
-            for grad, shape in zip(update.grads, shapes[-len(self.stacks[group]) - 1 : -1], strict=True):
-                flat.append(torch.zeros(shape, device=self.device).index_copy_(0, place, grad[rows].float()))
-            flat.append(torch.zeros(len(heads), device=self.device).index_fill_(0, place, 1.0))
-        total = self.world.sum(torch.cat([part.flatten() for part in flat]))
-        pieces = iter([part.view(shape) for part, shape in zip(total.split([p.numel() for p in flat]), shapes, strict=True)])
-        merged = []
-        for group, heads in enumerate(self.heads):
-            hot_grads, active = [next(pieces) for _ in self.stacks[group]], next(pieces).cpu() > 0
-            update = of_group.get(group)
-            own, rest = [], torch.zeros(0, dtype=torch.int64)
             if update is not None:
-                active_A = torch.arange(len(self.stacks[group][0])) if update.active_A is None else update.active_A.cpu()
-                at = (~torch.isin(active_A, heads)).nonzero().squeeze(1)
-                rest = active_A[at]
-                own = [grad[(rest if update.dense else at).to(self.device)] for grad in update.grads]
-            if active.any():
-                chosen = active.nonzero().squeeze(1).to(self.device)
-                hot_grads = [grad[chosen] for grad in hot_grads]
-                own = [torch.cat(both) for both in zip(own, hot_grads, strict=True)] if own else hot_grads
-                rest = torch.cat([rest, heads[active]])
-            if len(rest):
-                merged.append(HeadUpdate(group, own, rest))
+                active_A = torch.arange(len(stacks[0])) if update.active_A is None else update.active_A.cpu()
+                hot_A = torch.isin(active_A, heads)
+                slot = torch.searchsorted(heads, active_A[hot_A]).to(self.device)
+                for total, grad in zip(totals, update.grads, strict=False):
+                    total[slot] = grad[active_A[hot_A] if update.dense else hot_A].to(total.dtype)
+                totals[-1][slot] = 1
+                own = [grad[active_A[~hot_A] if update.dense else ~hot_A] for grad in update.grads]
+                update = HeadUpdate(group, own, active_A[~hot_A])
+            sums += totals
+            rest.append(update)
+        summed = iter(self.world.sum_each(sums))
+        merged = []
+        for group, (heads, stacks, update) in enumerate(zip(self.heads, self.stacks, rest, strict=True)):
+            grads = [next(summed) for _ in stacks]
+            moved = next(summed) > 0
+            grads, active_A = [grad[moved] for grad in grads], heads[moved.cpu()]
+            if update is not None and update.active_A is not None:
+                grads = [torch.cat(both) for both in zip(update.grads, grads, strict=True)]
+                active_A = torch.cat([update.active_A, active_A])
+            if len(active_A):
+                merged.append(HeadUpdate(group, grads, active_A))
         return merged

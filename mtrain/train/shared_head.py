@@ -57,12 +57,9 @@ class SharedHeads:
         ]
 
     def _summed(self, values: list[list[Tensor]]) -> list[list[Tensor]]:
-        """Sums over ranks of values for each group and parameter, in one all-reduce."""
-        if self.world.size == 1 or not values:
-            return values
-        flat = self.world.sum(torch.cat([value.flatten() for of_group in values for value in of_group]))
-        parts = iter(flat.split([value.numel() for of_group in values for value in of_group]))
-        return [[next(parts).view(value.shape) for value in of_group] for of_group in values]
+        """Sums over ranks of values for each group and parameter."""
+        summed = iter(self.world.sum_each([value for of_group in values for value in of_group]))
+        return [[next(summed) for _ in of_group] for of_group in values]
 
     def pull(self, number: int, task_A: Tensor, active_A: Tensor | None, grads: Sequence[Tensor], per_label_A: Tensor) -> None:
         """Add the penalty's gradient to the gradients `[A, ...]` of a group's active heads.

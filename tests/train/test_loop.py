@@ -292,7 +292,7 @@ def test_init_from_takes_the_trunk_and_the_heads_of_the_same_tasks(tmp_path):
 def test_init_from_another_trunk_names_the_first_parameter_that_differs(tmp_path):
     train(run_config("grid", train={"epochs": 1}), tmp_path / "a")
     wider = {"trunk": {"class_path": "MLP", "init_args": {"widths": [8]}}}
-    with pytest.raises(UserError, match=r"'trunk\.linears\.0\.bias' is \[16\] there and \[8\] here"):
+    with pytest.raises(UserError, match=r"model: 'trunk\.trunk\.linears\.0\.weight' is \[16, 5\] there and \[8, 5\] here"):
         train(run_config("grid", init_from=str(tmp_path / "a"), model=wider), tmp_path / "b")
 
 
