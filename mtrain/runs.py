@@ -139,7 +139,7 @@ def _start(run: RunDir, tasks: TaskTable, resume: str, console: Console) -> Save
         if run.has_trained:
             raise UserError(f"--resume never: {run.path} holds checkpoints; choose another --run_dir, or remove it")
         return None
-    new, gone = run.compare_tasks(tasks)
+    run.check_kinds(tasks)
     if resume == "auto":
         start = run.checkpoints.newest()
         for line in run.checkpoints.refused:
@@ -150,7 +150,14 @@ def _start(run: RunDir, tasks: TaskTable, resume: str, console: Console) -> Save
         if match is None:
             raise UserError(f"--resume {resume}: expected auto, never, or a directory RUN/checkpoints/step-NUMBER")
         start = Checkpoints(path.parent, world=run.world).at(int(match[1]))
-    if start is not None and (new or gone):
+    if start is not None and not start.state:
+        raise UserError(
+            f"run {run.path}: was made from a file of its model and cannot be continued; train another run with --init_from "
+            f"{run.path}"
+        )
+    if start is not None:
+        before, now = start.state["tasks"], tasks.names
+        new, gone = (sorted(set(a) - set(b)) for a, b in ((now, before), (before, now)))
         for what, names in (("new, their heads start fresh", new), ("gone, their heads are left behind", gone)):
             if names:
                 console.print(f"{len(names)} tasks are {what}: {some(names)}", highlight=False, soft_wrap=True, markup=False)
@@ -187,7 +194,11 @@ def evaluate(path: Path, console: Console) -> None:
             raise UserError(f"run {one.path}: the data give another split than in training; has the table changed?")
         summary: dict[str, Any] = {}
         threshold_T = None
-        for part in ("valid", "test"):
+        parts = ["valid", "test"]
+        if one.model().about["best"] is None:
+            parts = ["test"]
+            console.print(f"run {one.path}: has only the refitted model, which was trained on the valid part: not scored there")
+        for part in parts:
             if part in data.parts:  # a refitted model has seen the valid part: the selected one is scored there
                 model = load_model(one, refitted=part == "test", world=world)
                 scores = model.evaluator.score(

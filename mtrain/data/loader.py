@@ -320,21 +320,28 @@ class Loader:
             "dropped": self.dropped,
         }
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: dict[str, Any], same_tasks: bool = True) -> bool:
         """Continue where `state` was taken. Tasks that are new since then begin; of those that are gone nothing stays.
 
+        Returns whether the epoch of the one stream of all rows begins anew, as with other tasks than before (`same_tasks` is
+        false) other rows have labels.
+
         Raises:
-            UserError: a task that it knows has other training rows now.
+            UserError: a task that it knows, or with the same tasks the table, has other training rows now.
         """
-        names, dropped, cursors = self.streams.names, dict(state["dropped"]), state["cursors"]
+        names, dropped, cursors = self.streams.names, dict(state["dropped"]), dict(state["cursors"])
+        anew = False
         for name, identity in zip(names, self.streams.identity, strict=True):
             if name not in cursors or list(identity) == list(state["rows"][name]) or name in dropped:
+                continue
+            rows, before = identity[0], state["rows"][name][0]
+            if not self.streams.by_task and not same_tasks:
+                cursors[name], anew = cursors[name] // before * rows, True
                 continue
             if self.skip_changed:
                 dropped[name] = 0
                 continue
-            rows, before = identity[0], state["rows"][name][0]
-            of = "the table" if name == ROWS else f"task '{name}'"
+            of = f"task '{name}'" if self.streams.by_task else "the table"
             now = f"{rows} training rows now, had {before}" if rows != before else "other training rows now than"
             raise UserError(
                 f"checkpoint: {of} has {now} when it was written: the data have changed; bring them back, or start a new "
@@ -343,6 +350,7 @@ class Loader:
         self.close()
         self.cursor_S = np.array([cursors.get(name, 0) for name in names], dtype=np.int64)
         self.dropped, self._sampler_state = dropped, state["sampler"]
+        return anew
 
     def counts(self, first: int, dropped: dict[str, int]) -> Ints:
         """Rows of each stream in the steps `first` to the end of its block, `[K, S]`; draws the sampler's probabilities."""

@@ -9,6 +9,8 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+from torch.nn.parallel import DistributedDataParallel
 
 from mtrain.errors import UserError
 
@@ -144,3 +146,13 @@ class World:
                 raise UserError(errors[0])
             raise SystemExit(2)
         return result  # type: ignore[return-value]
+
+
+def count_gradients(model: DistributedDataParallel, sent: Counter[str]) -> None:
+    """Add the payload bytes of the gradients that DDP all-reduces to `sent["gradients"]`, from now on."""
+
+    def hook(state, bucket):  # torch refuses annotations that are strings, as those of this module
+        sent["gradients"] += bucket.buffer().nbytes
+        return allreduce_hook(state, bucket)
+
+    model.register_comm_hook(None, hook)

@@ -383,9 +383,7 @@ class Saved:
             stacks = {key: self._tensor(file, f"heads/{group['group']}/{key}") for key in keys}
             last = _last_layer(keys)
             for row, (name, size) in enumerate(zip(group["names"], group["sizes"], strict=True)):
-                found[name] = {
-                    key: stack[row, :size] if _layer(key) == last else stack[row] for key, stack in stacks.items()
-                }
+                found[name] = {key: stack[row, :size] if _layer(key) == last else stack[row] for key, stack in stacks.items()}
         return found
 
     def copy_into(self, tensors: dict[str, Tensor]) -> None:

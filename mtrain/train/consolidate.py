@@ -84,7 +84,7 @@ def _to_run(source: Path, output: Path, console: Console) -> None:
     if about["final"] == step:  # the selected model, which is another one, is not in the file
         about["best"] = None
     trunk = {key: tensor for key, tensor in tensors.items() if not key.startswith(HEADS)}
-    unfinished = output.with_name(f".{output.name}")
+    unfinished = output.absolute().with_name(f".{output.name}")
     try:
         shutil.rmtree(unfinished, ignore_errors=True)
         unfinished.mkdir(parents=True)

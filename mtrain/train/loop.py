@@ -271,6 +271,8 @@ class Trainer:
             self.console.print(f"init_from: trunk and {len(self.taken)} heads taken over, heads that start fresh: {fresh}")
         if state is not None:
             vars(self.selection).update(state["selection"])
+            if set(state["tasks"]) != set(self.tasks.names):  # an earlier checkpoint has no heads of the new ones
+                self.selection.value, self.selection.misses = math.nan, 0
             self.seconds, self.rows, self.run_id = state["seconds"], state["rows"], state["run_id"]
             self.waited, self.in_steps = state["waited"], state["in_steps"]
         config = self.config.model_dump(mode="json")
@@ -500,7 +502,8 @@ class Trainer:
         totals.load_state_dict(by_task(state["totals"], names, now))
         self.bad_steps = state["bad_steps"]
         self.stepper.load_state_dict(by_task(state["stepper"], names, now), names == now)
-        phase.loader.load_state_dict(state["loader"])
+        if phase.loader.load_state_dict(state["loader"], set(names) == set(now)):
+            self._print("with other tasks other rows have labels: the epoch begins anew")
 
     def _finish(self, scores: dict[str, Scores]) -> dict[str, Any]:
         """Write per_task.parquet and summary.json."""

@@ -142,23 +142,22 @@ class RunDir:
             self.save_table(name, pa.Table.from_pandas(averaged, preserve_index=False))
         self.save_json("summary.json", summary)
 
-    def compare_tasks(self, tasks: TaskTable) -> tuple[list[str], list[str]]:
-        """Names of the tasks that are new since the run was last trained, and of those that are gone.
+    def check_kinds(self, tasks: TaskTable) -> None:
+        """Whether the tasks that were there when the run was last trained are what they were.
 
         Raises:
             UserError: a task has another kind or other classes.
         """
         if not (self.path / "tasks.parquet").is_file() or not self.has_trained:
-            return [], []
-        before, now = ({task.name: (task.kind, task.classes) for task in table} for table in (self.tasks(), tasks))
-        for name in now:
-            if name in before and before[name] != now[name]:
+            return
+        before = {task.name: (task.kind, task.classes) for task in self.tasks()}
+        for task in tasks:
+            if before.get(task.name, (task.kind, task.classes)) != (task.kind, task.classes):
                 raise UserError(
-                    f"run {self.path}: task '{name}' has another kind or other classes since the run began: the data have "
+                    f"run {self.path}: task '{task.name}' has another kind or other classes since the run began: the data have "
                     "changed; bring them back, or start a new run with another --run_dir (--init_from takes over the trunk "
                     "and the heads of tasks that stay)"
                 )
-        return [name for name in now if name not in before], [name for name in before if name not in now]
 
     def save_json(self, name: str, value: Any) -> None:
         self._write_text(name, json.dumps(value, indent=1, allow_nan=False))
