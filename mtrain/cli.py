@@ -8,7 +8,7 @@ import os
 import sys
 import textwrap
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -16,7 +16,7 @@ from rich.console import Console
 
 from mtrain.config import keys, load_config
 from mtrain.errors import UserError
-from mtrain.train.stop import Preempted
+from mtrain.train.stop import Preempted, stop_signals
 
 SAID_ONCE = 1.0  # seconds in which a launcher ends the other processes, where rank 0 makes the same mistake
 BENCHES = ("heads", "step", "stream", "scale", "checkpoint")
@@ -25,7 +25,11 @@ BENCHES = ("heads", "step", "stream", "scale", "checkpoint")
 def main(argv: Sequence[str] | None = None) -> NoReturn:
     """Run a command and exit: 0 done, 2 a mistake that one line on standard error explains, 128 + n stopped by signal n."""
     try:
-        _run(sys.argv[1:] if argv is None else list(argv))
+        argv = sys.argv[1:] if argv is None else list(argv)
+        noticed = ("SIGTERM", "SIGUSR1") if argv[:1] == ["train"] else ()
+        with stop_signals(*noticed) as asked:  # also while libraries are imported and data read
+            _run(argv, asked)
+        _part()
     except UserError as error:
         if os.environ.get("RANK", "0") != "0":
             time.sleep(SAID_ONCE)
@@ -48,7 +52,7 @@ class _Parser(argparse.ArgumentParser):
         raise UserError(f"{message}; see {self.prog} --help")
 
 
-def _run(argv: list[str]) -> None:
+def _run(argv: list[str], asked: Callable[[], int | None]) -> None:
     parser = _Parser(prog="mtrain", description="Train models with 100 to 10,000 tasks.", allow_abbrev=False)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
@@ -120,7 +124,7 @@ def _run(argv: list[str]) -> None:
             rewrite(config, beside, arguments.output, console, arguments.rows)
             return
         path = Path(config.run_dir or Path("runs") / arguments.config.stem)
-        runs.train(config, beside, path, console, arguments.resume)
+        runs.train(config, beside, path, console, arguments.resume, asked)
     elif arguments.command == "eval":
         runs.evaluate(arguments.run, console)
     elif arguments.command == "consolidate":
@@ -135,6 +139,15 @@ def _bench(arguments: argparse.Namespace) -> None:
     module = importlib.import_module(f"mtrain.bench.{arguments.name}")
     options = [arguments.case] if arguments.name == "heads" else []
     module.run(arguments.json, *options)
+
+
+def _part() -> None:
+    """Processes that worked together end their group."""
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        import torch.distributed as dist
+
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
 
 def _quiet() -> None:

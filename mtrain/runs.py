@@ -44,17 +44,26 @@ from mtrain.train.loop import Trainer, build_bank
 from mtrain.train.objective import Objective
 from mtrain.train.run_dir import RunDir, average_summaries
 from mtrain.train.state import head_stacks, trunk_tensors
+from mtrain.train.stop import Preempted
 from mtrain.train.tracker import TRACKERS
 
 T = TypeVar("T")
 
 
-def train(config: Config, beside: Path, run_path: Path, console: Console, resume: str = "auto") -> dict[str, Any]:
+def train(
+    config: Config,
+    beside: Path,
+    run_path: Path,
+    console: Console,
+    resume: str = "auto",
+    asked: Callable[[], int | None] = lambda: None,
+) -> dict[str, Any]:
     """Train a config, once for each split seed; every process of a run calls this. Returns the summary.
 
     Args:
         resume: auto, continue from the newest complete checkpoint of the run directory, if there is one; never, refuse if
             there is one; or the path of a checkpoint to continue from.
+        asked: gives the number of a signal that asks to stop, if one came.
     """
     accelerator = make_accelerator(config)
     world = World(accelerator.device)
@@ -62,11 +71,23 @@ def train(config: Config, beside: Path, run_path: Path, console: Console, resume
         console = Console(quiet=True)
     run = RunDir(run_path, config.train.keep_checkpoints, world)
     with _lost_contact(world):
-        return _train(config, beside, run, console, accelerator, world, resume)
+        try:
+            return _train(config, beside, run, console, accelerator, world, resume, asked)
+        except Preempted as stop:
+            run.mark_preempted(stop)
+            world.gather_objects(None)  # a launcher ends the others as soon as one has ended
+            raise
 
 
 def _train(
-    config: Config, beside: Path, run: RunDir, console: Console, accelerator: Accelerator, world: World, resume: str
+    config: Config,
+    beside: Path,
+    run: RunDir,
+    console: Console,
+    accelerator: Accelerator,
+    world: World,
+    resume: str,
+    asked: Callable[[], int | None],
 ) -> dict[str, Any]:
     source = _first_here(accelerator, world, lambda: read_source(config, beside))
     resolved = config.model_copy(update={"inputs": source.input_specs(), "data": _located(config.data, beside)})
@@ -79,11 +100,12 @@ def _train(
         tracker = build(config.tracker if world.is_first else Spec(class_path="none"), TRACKERS, "tracker")
         with _out_of_memory(config):
             _check_alike(world, resolved, data)
-            return world.together(lambda: Trainer(data, config, run, accelerator, world, tracker, console))
+            return world.together(lambda: Trainer(data, config, run, accelerator, world, tracker, console, asked))
 
     first: Trainer | None = trainer(seeds[0])  # what is wrong is said before anything is written
     assert first is not None
     world.together(lambda: run.start(resolved) if world.is_first else None)
+    run.unmark_preempted()
     if world.size > 1:
         tables.print_plan(first.plan, accelerator.distributed_type.value, console)
     tables.print_notes(first.prepared.notes, console)
@@ -97,7 +119,6 @@ def _train(
         current, first = first or trainer(seed), None
         current.run_dir = one
         start = world.together(partial(_start, one, current.tasks, resume, console))
-        one.unmark_preempted()
         _save_inputs(one, current.prepared)
         with _out_of_memory(config):
             summaries.append(current.run(start))

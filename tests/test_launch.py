@@ -15,9 +15,11 @@ ROOT = Path(__file__).parents[1]
 LAUNCH = ROOT / "launch"
 SBATCH = LAUNCH / "slurm" / "train.sbatch"
 WHAT_STARTED = """
+import os
 from accelerate import Accelerator
 accelerator = Accelerator()
-print(accelerator.process_index, accelerator.num_processes, accelerator.distributed_type.value, flush=True)
+line = f"{accelerator.process_index} {accelerator.num_processes} {accelerator.distributed_type.value}\\n"
+os.write(1, line.encode())  # in one piece: print's lines of two processes mix
 """
 FSDP_PLUGIN = """
 from accelerate.utils import FullyShardedDataParallelPlugin
@@ -154,7 +156,7 @@ def test_sbatch_ends_where_accelerate_refuses_the_file(tmp_path):
     (tmp_path / "accelerate").write_text(f'#!/bin/bash\nshift; exec {sys.executable} -m accelerate.commands.launch "$@"\n')
     (tmp_path / "bad.yaml").write_text("distributed_type: MULTI_GPU\nnum_procs: 2\n")
     env = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "ACCELERATE_CONFIG": "bad.yaml"}
-    command = ["bash", SBATCH, "config.yaml", "run"]
+    command = ["bash", str(SBATCH), "config.yaml", "run"]
     done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=120)
     assert done.returncode == 1
     assert "num_procs" in done.stderr

@@ -169,9 +169,7 @@ def make_contenders(case: Case, path: Path) -> tuple[Trainer, Contender, Contend
     accelerator = make_accelerator(config)
     device, world = accelerator.device, World(accelerator.device)
     data = world.together(lambda: prepare(read_source(config), 0))
-    trainer = Trainer(
-        data, config, RunDir(path.parent / "run", 1, world), accelerator, world, NoTracker(), Console(quiet=True)
-    )
+    trainer = Trainer(data, config, RunDir(path.parent / "run", 1, world), accelerator, world, NoTracker(), Console(quiet=True))
     if isinstance(trainer.stepper.model, DistributedDataParallel):
         count_gradients(trainer.stepper.model, world.sent)
     loader = build_loader(data, config, data.parts["train"], device, trainer.shard)

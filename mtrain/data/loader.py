@@ -323,8 +323,8 @@ class Loader:
     def load_state_dict(self, state: dict[str, Any], same_tasks: bool = True) -> bool:
         """Continue where `state` was taken. Tasks that are new since then begin; of those that are gone nothing stays.
 
-        Returns whether the epoch of the one stream of all rows begins anew, as with other tasks than before (`same_tasks` is
-        false) other rows have labels.
+        With other tasks than before (`same_tasks` is false) rows may have moved in the table, and in a stream of all rows other
+        ones have labels; returns whether its epoch begins anew for that.
 
         Raises:
             UserError: a task that it knows, or with the same tasks the table, has other training rows now.
@@ -337,6 +337,8 @@ class Loader:
             rows, before = identity[0], state["rows"][name][0]
             if not self.streams.by_task and not same_tasks:
                 cursors[name], anew = cursors[name] // before * rows, True
+                continue
+            if not same_tasks and rows == before:
                 continue
             if self.skip_changed:
                 dropped[name] = 0

@@ -33,8 +33,8 @@ def make_accelerator(config: Config) -> Accelerator:
     world = int(os.environ.get("WORLD_SIZE", 1))
     if "WORLD_SIZE" not in os.environ and "ACCELERATE_MIXED_PRECISION" in os.environ and "MASTER_ADDR" in os.environ:
         raise UserError(
-            "accelerate launch was asked for several processes and started one (--cpu does that); use a config file with "
-            "distributed_type: MULTI_CPU, as launch/cpu.yaml, or torchrun"
+            "accelerate launch was asked for several processes and started one (--cpu and MULTI_CPU do that); use "
+            "launch/cpu.yaml, or torchrun"
         )
     AcceleratorState._reset_state()  # a notebook may train another precision than before
     handlers = [

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 import resource
-import signal
 import sys
 import time
+from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -176,7 +176,10 @@ class Phase:
 
 
 class Trainer:
-    """Everything of one run on one split. `run()` trains (or continues) and returns the summary. Every rank has one."""
+    """Everything of one run on one split. `run()` trains (or continues) and returns the summary. Every rank has one.
+
+    `asked` gives the number of a signal that asks to stop, if one came.
+    """
 
     def __init__(
         self,
@@ -187,10 +190,11 @@ class Trainer:
         world: World,
         tracker: Tracker,
         console: Console,
+        asked: Callable[[], int | None] = lambda: None,
     ):
         self.prepared, self.config, self.run_dir = prepared, config, run_dir
         self.accelerator, self.world, self.tracker, self.console = accelerator, world, tracker, console
-        self.tasks = prepared.tasks
+        self.tasks, self.asked = prepared.tasks, asked
         self.sampling_T = sampling_probabilities(prepared, config)
         self.run_id: str | None = None
         self.seconds = self.waited = self.in_steps = 0.0
@@ -335,7 +339,7 @@ class Trainer:
         with (
             closing(phase.loader),
             TrainingProgress(self.console, title, step, phase.stop_step, metric) as progress,
-            stop_signals() as stopped,
+            stop_signals("SIGINT") as interrupted,
         ):
             while step < phase.stop_step and not (evaluates and self._out_of_patience()):
                 started = time.monotonic()
@@ -344,7 +348,7 @@ class Trainer:
                 totals.waited += time.monotonic() - started
                 if len(phase.loader.dropped) > known:
                     self._print_dropped(phase.loader.dropped, known, phase.offset + step)
-                signals = self.world.sum_numbers(*count(batch), bool(stopped()), checkpoints.writing)
+                signals = self.world.sum_numbers(*count(batch), bool(self.asked() or interrupted()), checkpoints.writing)
                 num_labels, num_rows, stop, writing = map(int, signals)
                 if checkpoints.in_flight and not writing:
                     self._report(checkpoints.commit())
@@ -366,7 +370,7 @@ class Trainer:
                         self.selection.step, self.selection.steps_per_epoch = step, phase.steps_per_epoch
                     self._save(phase, step, totals, last)
                 if stop:
-                    self._leave(phase.offset + step, stopped())
+                    self._leave(phase.offset + step, self.asked() or interrupted())
         if (failure := checkpoints.finish()) is not None:
             raise UserError(f"{failure}; free space and start again")
         if left_out := list(phase.loader.dropped):
@@ -379,9 +383,8 @@ class Trainer:
         number = max(self.world.gather_objects(number or 0))
         if failure is not None:
             raise UserError(f"{failure}; free space and start again")
-        self.run_dir.mark_preempted(step, signal.Signals(number).name)
         self._print(f"step {step} is saved; the same command continues the run")
-        raise Preempted(number)
+        raise Preempted(number, step)
 
     def _report(self, failure: str | None) -> None:
         if failure is not None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from mtrain.errors import UserError
 from mtrain.parallel.world import World
 from mtrain.tasks import TaskTable
 from mtrain.train.checkpoint import Checkpoints, Saved
+from mtrain.train.stop import Preempted
 
 PREEMPTED = "preempted"
 _NO_MODEL = "holds no model yet, as it has not been evaluated; continue it with mtrain train"
@@ -40,6 +42,7 @@ class RunDir:
         self.path, self.keep_checkpoints, self.world = path, keep_checkpoints, world
         self.writes = world is None or world.is_first
         self.checkpoints = Checkpoints(path / "checkpoints", keep_checkpoints, world)
+        self._lines = b""  # of the curve, not written yet
 
     @property
     def config_file(self) -> Path:
@@ -79,9 +82,9 @@ class RunDir:
             raise UserError(f"run_dir {self.path}: exists and is not a run; choose another --run_dir")
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            self._write_text("config.yaml", to_yaml(config))
         except OSError as error:
             raise UserError(f"run_dir {self.path}: cannot be written: {error.strerror}") from error
+        self._write_text("config.yaml", to_yaml(config))
 
     def config(self) -> Config:
         if not self.is_run:
@@ -118,9 +121,9 @@ class RunDir:
             raise UserError(f"run {self.path}: {_NO_MODEL}")
         return newest if step == newest.step else self.checkpoints.at(step)
 
-    def mark_preempted(self, step: int, why: str) -> None:
+    def mark_preempted(self, stop: Preempted) -> None:
         """Leave a file for launch scripts to look at, which do not see a process's exit status."""
-        self._write_text(PREEMPTED, f"{why} at step {step}\n")
+        self._write_text(PREEMPTED, f"{stop} at step {stop.step}\n")
 
     def unmark_preempted(self) -> None:
         if self.writes:
@@ -172,14 +175,24 @@ class RunDir:
         if not self.writes:
             return
         unfinished = self.path / f".{name}"
-        pq.write_table(table, unfinished)
-        os.replace(unfinished, self.path / name)
+        with self._said(name):
+            pq.write_table(table, unfinished)
+            os.replace(unfinished, self.path / name)
 
     def log(self, line: dict[str, Any]) -> None:
+        """Add a line to the curve; where the disk is full, when there is room again."""
         if not self.writes:
             return
-        with (self.path / "metrics.jsonl").open("a") as file:
-            file.write(json.dumps(line, allow_nan=False) + "\n")
+        self._lines += (json.dumps(line, allow_nan=False) + "\n").encode()
+        path = self.path / "metrics.jsonl"
+        with suppress(OSError):
+            with path.open("ab", buffering=0) as file:
+                size = file.tell()
+                written = file.write(self._lines)
+                if written < len(self._lines):
+                    file.truncate(size)
+                    return
+            self._lines = b""
 
     def cut_log(self, step: int) -> None:
         """Forget the lines after a step, and a line that was cut short: a resumed run writes them again."""
@@ -193,8 +206,16 @@ class RunDir:
         if not self.writes:
             return
         unfinished = self.path / f".{name}"
-        unfinished.write_text(text)
-        os.replace(unfinished, self.path / name)
+        with self._said(name):
+            unfinished.write_text(text)
+            os.replace(unfinished, self.path / name)
+
+    @contextmanager
+    def _said(self, name: str) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise UserError(f"run {self.path}: {name} cannot be written: {error.strerror or error}") from None
 
 
 def average_summaries(summaries: Sequence[dict[str, Any]]) -> dict[str, Any]:

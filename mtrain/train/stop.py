@@ -16,15 +16,15 @@ SAME = 2.0  # seconds in which a launcher passes on to its processes a signal th
 class Preempted(Exception):
     """A run was stopped by a signal, at a checkpoint."""
 
-    def __init__(self, number: int):
+    def __init__(self, number: int, step: int):
         super().__init__(signal.Signals(number).name)
-        self.number = number
+        self.number, self.step = number, step
 
 
 @contextmanager
-def stop_signals() -> Iterator[Callable[[], int | None]]:
-    """Ctrl-C, SIGTERM and SIGUSR1 are noticed: gives a function that returns the number of the one that came, or None. A
-    second one exits at once. Outside the main thread, where Python has no handlers, none is noticed."""
+def stop_signals(*names: str) -> Iterator[Callable[[], int | None]]:
+    """Signals are noticed: gives a function that returns the number of the one that came, or None. A second one exits at
+    once. Outside the main thread, where Python has no handlers, none is noticed."""
     came: list[tuple[int, float]] = []
     if threading.current_thread() is not threading.main_thread():
         yield lambda: None
@@ -36,8 +36,8 @@ def stop_signals() -> Iterator[Callable[[], int | None]]:
             os._exit(128 + number)
         came.append((number, now))
 
-    names = [name for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)]
-    before = {number: signal.signal(number, handle) for number in (getattr(signal, name) for name in names)}
+    numbers = [getattr(signal, name) for name in names if hasattr(signal, name)]
+    before = {number: signal.signal(number, handle) for number in numbers}
     try:
         yield lambda: came[0][0] if came else None
     finally:

@@ -3,7 +3,6 @@
 import json
 import math
 import os
-import re
 import signal
 from io import StringIO
 from pathlib import Path
@@ -115,9 +114,8 @@ def test_a_run_that_was_stopped_is_the_run_that_was_not(case, how, tmp_path, mon
         except Preempted as stop:
             stops.append(stop.number)
             (mark,) = (tmp_path / "stopped").rglob("preempted")
-            name, step = re.fullmatch(r"(SIG\w+) at step (\d+)\n", mark.read_text()).groups()
-            assert getattr(signal, name) == stop.number
-            assert RunDir(mark.parent).checkpoints.newest().step == int(step)
+            step = RunDir(mark.parent).checkpoints.newest().step
+            assert mark.read_text() == f"{stop} at step {step}\n"
     assert not list((tmp_path / "stopped").rglob("preempted"))
     if how == "killed":
         assert len(stops) == 3

@@ -15,7 +15,7 @@ from mtrain.train.stop import stop_signals
 def test_a_signal_is_noticed_and_what_handled_it_before_comes_back(name):
     number = getattr(signal, name)
     before = signal.getsignal(number)
-    with stop_signals() as stopped:
+    with stop_signals("SIGINT", "SIGTERM", "SIGUSR1") as stopped:
         assert stopped() is None
         os.kill(os.getpid(), number)
         assert stopped() == number
@@ -25,7 +25,7 @@ def test_a_signal_is_noticed_and_what_handled_it_before_comes_back(name):
 TWO = """
 import os, signal
 from mtrain.train.stop import stop_signals
-with stop_signals() as stopped:
+with stop_signals("SIGINT", "SIGTERM", "SIGUSR1") as stopped:
     os.kill(os.getpid(), signal.SIGINT)
     print(int(stopped()), flush=True)
     os.kill(os.getpid(), signal.SIGTERM)
@@ -48,7 +48,7 @@ def test_outside_the_main_thread_none_is_noticed_and_nothing_breaks():
     seen = []
 
     def inside():
-        with stop_signals() as stopped:
+        with stop_signals("SIGINT", "SIGTERM", "SIGUSR1") as stopped:
             seen.append(stopped())
 
     thread = threading.Thread(target=inside)
