@@ -243,6 +243,25 @@ class TargetsConfig(Section):
     column (routed, pairs), else 0."""
 
 
+class BalancingConfig(Section):
+    """What holds for every balancer."""
+
+    warmup: int = Field(0, ge=0)
+    """Steps at the start in which every weight is 1."""
+    min: float | None = Field(None, ge=0, le=1)
+    """Least weight, as a ratio to the mean over active tasks."""
+    max: float | None = Field(None, ge=1)
+    """Largest weight, likewise."""
+    normalize: bool = False
+    """Divide weights by their mean over active tasks."""
+    every: int = Field(1, ge=1)
+    """Steps between gradient statistics; weights stay in between."""
+    smoothing: float = Field(0.0, ge=0, lt=1)
+    """Share of the old value in the moving averages of squared norms and inner products."""
+    projections: Literal["auto", "never"] | int = "auto"
+    """Random vectors that stand for exact inner products of gradients; auto: where exact ones cost too much."""
+
+
 class ObjectiveConfig(Section):
     """J = 1/N * sum over labels of weight * w_t * share_t * loss / scale_t."""
 
@@ -251,6 +270,7 @@ class ObjectiveConfig(Section):
     scale: Literal["none", "kind", "constant"] = "kind"
     """Divisor of a task's loss: nothing, its kind's typical loss, or the loss of the best constant predictor."""
     balancer: Spec = Field(default_factory=lambda: Spec(class_path="equal"))
+    balancing: BalancingConfig = BalancingConfig()
     targets: TargetsConfig = TargetsConfig()
 
 

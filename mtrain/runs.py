@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from rich.console import Console
 
 from mtrain.components import Spec, build
-from mtrain.config import Config, DataConfig, to_yaml
+from mtrain.config import Config, DataConfig, differences, to_yaml
 from mtrain.data import FEATURES
 from mtrain.data.features import Feature, encode_column
 from mtrain.data.prepare import Prepared, prepare, read_source
@@ -148,10 +148,19 @@ def _check_alike(world: World, config: Config, data: Prepared) -> None:
     tasks = data.tasks.to_arrow().select(["task", "kind_spec", "train_labels"]).to_pydict()
     own = {"config": to_yaml(config), "task table": str(tasks), "split": data.split_hash}
     own = {what: hashlib.sha256(value.encode()).hexdigest() for what, value in own.items()}
-    for rank, other in enumerate(world.gather_objects(own)):
-        for what, value in own.items():
-            if other[what] != value:
-                raise UserError(f"rank {rank} and rank {world.rank} have another {what}: give all processes the same")
+    every = world.gather_objects(own)
+    other = next((rank for rank, of_rank in enumerate(every) if of_rank != every[0]), None)
+    if other is None:
+        return
+    different = next(what for what, value in every[0].items() if every[other][what] != value)
+    if different == "config":
+        configs = world.gather_objects(config)
+        different += f" ({'; '.join(differences(configs[0], configs[other], ())[:3])})"
+
+    def refuse() -> None:
+        raise UserError(f"rank {other} and rank 0 have another {different}: give all processes the same")
+
+    world.together(refuse)
 
 
 def _start(run: RunDir, tasks: TaskTable, resume: str, console: Console) -> Saved | None:

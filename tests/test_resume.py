@@ -30,7 +30,7 @@ from mtrain.train.checkpoint import Checkpoints
 from mtrain.train.loop import Trainer
 from mtrain.train.state import head_stacks
 from mtrain.train.step import Stepper
-from mtrain.train.stop import Preempted
+from mtrain.train.stop import Preempted, stop_signals
 
 STOP = 20
 CASES = ("grid", "owners", "exchange", "hot-shared")
@@ -63,7 +63,8 @@ def train(case, data, run, stop=None, resume="auto", **changes):
         mock.patch.object(Trainer, "_load_state", loading),
     ):
         try:
-            runs.train(config, Path(data), run, console, resume)
+            with stop_signals("SIGTERM") as asked:
+                runs.train(config, Path(data), run, console, resume, asked)
             stopped = None
         except Preempted as preempted:
             stopped = preempted.number

@@ -1,9 +1,33 @@
-"""Loss balancing: from the tasks' losses to their weights, one method a file.
+"""Loss balancing: from the tasks' losses or gradients to their weights, one method a file.
 
-A balancer has `weights(loss_T, active_T)`: mean losses (NaN where the task is absent) and which tasks are active, both
-`[T]`; it returns weights `[T]`, of which those of active tasks are used. Users' own are named by their import path.
+The contract is `mtrain.balance.base.Balancer`; users' own are named by their import path.
 """
 
+from mtrain.balance.base import Balancer
+from mtrain.balance.dwa import DWA
+from mtrain.balance.ema import EMA
 from mtrain.balance.equal import Equal
+from mtrain.balance.famo import FAMO
+from mtrain.balance.geometric import Geometric
+from mtrain.balance.gradnorm import GradNorm
+from mtrain.balance.imtl_l import IMTLL
+from mtrain.balance.rlw import RLW
+from mtrain.balance.static import Static
+from mtrain.balance.stch import STCH
+from mtrain.balance.uncertainty import Uncertainty
+from mtrain.balance.uncertainty_softmax import UncertaintySoftmax
 
-BALANCERS: dict[str, type] = {"equal": Equal}
+BALANCERS: dict[str, type[Balancer]] = {
+    "equal": Equal,
+    "static": Static,
+    "uncertainty": Uncertainty,
+    "uncertainty_softmax": UncertaintySoftmax,
+    "dwa": DWA,
+    "rlw": RLW,
+    "geometric": Geometric,
+    "imtl_l": IMTLL,
+    "famo": FAMO,
+    "stch": STCH,
+    "ema": EMA,
+    "gradnorm": GradNorm,
+}

@@ -89,14 +89,12 @@ def make_table(case: Case) -> pa.Table:
     columns: dict[str, Any] = {"x": pa.FixedSizeListArray.from_arrays(pa.array(x.ravel()), case.width)}
     if case.layout == "grid":
         for t in range(case.tasks):
-            y = generator.standard_normal(case.rows, dtype=np.float32)
-            columns[f"task {t}"] = pa.array(y, mask=generator.random(case.rows) < 0.5)
+            columns[f"task {t}"] = pa.array(generator.standard_normal(case.rows), mask=generator.random(case.rows) < 0.5)
         return pa.table(columns)
     names = np.array([LARGE, *(f"task {t}" for t in range(1, case.tasks))], dtype=object)
     large = round(case.share * case.rows)
-    task = np.concatenate([np.zeros(large, dtype=np.int64), np.arange(case.rows - large) % (case.tasks - 1) + 1])
-    if not case.share:
-        task = np.arange(case.rows) % case.tasks
+    rest = np.arange(case.rows - large)
+    task = np.concatenate([np.zeros(large, dtype=np.int64), rest % (case.tasks - 1) + 1 if large else rest % case.tasks])
     y = generator.standard_normal(case.rows)
     if case.classes > 1:
         y[task == 0] = np.arange(large) % case.classes
@@ -173,7 +171,8 @@ def make_contenders(case: Case, path: Path) -> tuple[Trainer, Contender, Contend
     if isinstance(trainer.stepper.model, DistributedDataParallel):
         count_gradients(trainer.stepper.model, world.sent)
     loader = build_loader(data, config, data.parts["train"], device, trainer.shard)
-    assert trainer.head_optimizer is not None
+    head_optimizer = trainer.head_optimizer
+    assert head_optimizer is not None
 
     def ours(number: int) -> Tensor:
         totals, batch = Totals(len(data.tasks), device), loader.batch(number)
@@ -209,9 +208,27 @@ def make_contenders(case: Case, path: Path) -> tuple[Trainer, Contender, Contend
 
     return (
         trainer,
-        Contender(ours, world.sent, lambda: num_bytes(trainer.bank.parameters(), trainer.head_optimizer)),
+        Contender(ours, world.sent, lambda: num_bytes(trainer.bank.parameters(), head_optimizer)),
         Contender(plain, sent, lambda: num_bytes(bank.parameters(), optimizer)),
     )
+
+
+def check_sent(case: Case, sent: dict[str, float], trunk: float, head: float) -> None:
+    """That no gradient of a head is among what a step sends: the gradients in DDP have the trunk's bytes, and all that is
+    sent beside them together has less than a head's."""
+    gradients = sent["gradients"]
+    rest = sum(sent.values()) - gradients
+    if gradients != trunk or rest >= head:
+        raise AssertionError(
+            f"{case.name}: DDP sends {gradients:.0f} bytes of gradients, where the trunk has {trunk:.0f}; the rest is "
+            f"{rest:.0f} bytes, where a head's gradient has {head:.0f}"
+        )
+
+
+def per_step(of_ranks: Sequence[tuple[Counter[str], int]], steps: int) -> dict[str, float]:
+    """Bytes of a step, on average over ranks."""
+    total = sum((sent for sent, _ in of_ranks), Counter[str]())
+    return {what: payload / len(of_ranks) / steps for what, payload in total.items()}
 
 
 def measure(case: Case, path: Path) -> dict[str, Any]:
@@ -238,19 +255,12 @@ def measure(case: Case, path: Path) -> dict[str, Any]:
             contender.step(number)
             wait()
             contender.seconds.append(time.perf_counter() - start)
-    found = world.gather_objects((dict(ours.sent), dict(plain.sent), ours.head_bytes(), plain.head_bytes()))
-    sent, sent_plain = (
-        {what: sum(one[i].get(what, 0) for one in found) / world.size / case.steps for what in COLLECTIVES} for i in range(2)
-    )
+    totals = [(contender.sent, contender.head_bytes()) for contender in (ours, plain)]
+    of_ranks, of_ranks_plain = zip(*world.gather_objects(totals), strict=True)
+    sent, sent_plain = per_step(of_ranks, case.steps), per_step(of_ranks_plain, case.steps)
     mode = "hot" if len(trainer.plan.hot) else trainer.plan.mode
-    head = 4 * int(trainer.work.head_params_T.min())
-    if mode == "owners" and case.layout == "routed" and world.size > 1:
-        trunk, rest = sent["gradients"], sum(sent.values()) - sent["gradients"]
-        if trunk != 4 * trainer.work.trunk_trained or rest >= head:
-            raise AssertionError(
-                f"{case.name}: DDP sends {trunk:.0f} bytes of gradients, the trunk has {4 * trainer.work.trunk_trained}; "
-                f"{rest:.0f} bytes of other things are not less than the {head} of a head"
-            )
+    if mode == "owners" and world.size > 1:
+        check_sent(case, sent, 4 * trainer.work.trunk_trained, 4 * int(trainer.work.head_params_T.min()))
 
     def wire(sent: dict[str, float]) -> float:
         return sum(wire_bytes(COLLECTIVES[what], payload, world.size) for what, payload in sent.items())
@@ -266,9 +276,9 @@ def measure(case: Case, path: Path) -> dict[str, Any]:
         "wire_mb": wire(sent) / 1e6,
         "wire_mb_ddp": wire(sent_plain) / 1e6,
         "wire_over_ddp": wire(sent) / wire(sent_plain) if world.size > 1 else None,
-        "head_mb_per_rank": max(one[2] for one in found) / 1e6,
-        "head_mb_per_rank_ddp": max(one[3] for one in found) / 1e6,
-        "collectives_mb": {what: payload / 1e6 for what, payload in sent.items() if payload},
+        "head_mb_per_rank": max(held for _, held in of_ranks) / 1e6,
+        "head_mb_per_rank_ddp": max(held for _, held in of_ranks_plain) / 1e6,
+        "collectives_mb": {what: payload / 1e6 for what, payload in sent.items()},
     }
 
 

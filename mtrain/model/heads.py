@@ -279,6 +279,20 @@ class HeadGroup(nn.Module):
         constants = self.get_buffer(f"constants_{layer}")[heads].view(shape)
         return keyed_dropout(x, mix64(keys + layer), constants, self.dropout)
 
+    def grid_first(self, z_BD: Tensor, params: Sequence[Tensor]) -> Tensor:
+        """The first layer of all heads on every row, before its activation: `[A * H, B]`, task-major."""
+        return torch.addmm(params[len(self.weights)].reshape(-1, 1), params[0].flatten(0, 1), z_BD.t())
+
+    def grid_rest(self, x: Tensor, params: Sequence[Tensor], keys_B: Tensor | None, heads: Tensor | slice) -> Tensor:
+        """Logits `[B, A, O]` from what `grid_first` gives."""
+        layers, rows = len(self.weights), x.shape[-1]
+        weights, biases = params[:layers], params[layers:]
+        for layer in range(1, layers):
+            x = self._hidden(x, layer - 1, keys_B, heads, (*x.shape[:-1], 1)).view(*biases[layer - 1].shape, rows)
+            x = torch.baddbmm(biases[layer][:, :, None], weights[layer], x)
+        logits_BAO = _RowsFirst.apply(x.view(*biases[-1].shape, rows))
+        return logits_BAO if self.pad_TO is None else logits_BAO.masked_fill(self.pad_TO[heads], 0)
+
     def grid(
         self,
         z_BD: Tensor,
@@ -295,27 +309,27 @@ class HeadGroup(nn.Module):
         if params is None:
             stacks = list(self.parameters())
             params = stacks if active_A is None else [stack.index_select(0, active_A) for stack in stacks]
-        layers, rows = len(self.weights), len(z_BD)
-        weights, biases = params[:layers], params[layers:]
-        x = torch.addmm(biases[0].reshape(-1, 1), weights[0].flatten(0, 1), z_BD.t())
-        for layer in range(1, layers):
-            x = self._hidden(x, layer - 1, keys_B, heads, (*x.shape[:-1], 1)).view(*biases[layer - 1].shape, rows)
-            x = torch.baddbmm(biases[layer][:, :, None], weights[layer], x)
-        logits_BAO = _RowsFirst.apply(x.view(*biases[-1].shape, rows))
-        return logits_BAO if self.pad_TO is None else logits_BAO.masked_fill(self.pad_TO[heads], 0)
+        return self.grid_rest(self.grid_first(z_BD, params), params, keys_B, heads)
 
     def routed(
         self, z_BD: Tensor, route: Route, params: Sequence[Tensor] | None = None, keys_B: Tensor | None = None
     ) -> Tensor:
         """Logits `[P, O]` of each label's row for its own head, in the route's order; `params` as `gather` gives."""
+        return self.routed_rest(self.routed_first(z_BD, route), route, params, keys_B)
+
+    def routed_first(self, z_BD: Tensor, route: Route) -> Tensor:
+        """The rows that each head reads, in the padded layout: `[N, D]`."""
+        return _PaddedRows.apply(z_BD, route)
+
+    def routed_rest(self, x: Tensor, route: Route, params: Sequence[Tensor] | None, keys_B: Tensor | None) -> Tensor:
+        """Logits `[P, O]` from what `routed_first` gives."""
         if params is None:
             params = [stack.index_select(0, route.active_A) for stack in self.parameters()]
-        if torch.is_autocast_enabled(z_BD.device.type):
-            dtype = torch.get_autocast_dtype(z_BD.device.type)
-            z_BD, params = z_BD.to(dtype), [stack.to(dtype) for stack in params]
+        if torch.is_autocast_enabled(x.device.type):
+            dtype = torch.get_autocast_dtype(x.device.type)
+            x, params = x.to(dtype), [stack.to(dtype) for stack in params]
         keys_N1 = None if keys_B is None else keys_B[route.padded_row_N, None]
         layers = len(self.weights)
-        x = _PaddedRows.apply(z_BD, route)
         for layer in range(layers):
             if layer:
                 x = self._hidden(x, layer - 1, keys_N1, route.padded_head_N, x.shape)

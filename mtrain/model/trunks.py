@@ -138,6 +138,12 @@ class SharedModel(nn.Module):
         self.out_features = width if neck is None else neck
         self.takes_keys = "keys_B" in inspect.signature(trunk.forward).parameters
 
+    @property
+    def linear_neck(self) -> nn.Linear | None:
+        """The linear layer whose outputs are the features themselves; None where there is none."""
+        last = self.trunk.neck if isinstance(self.trunk, Linear) else None
+        return self.neck if isinstance(self.neck, nn.Linear) else last
+
     def forward(self, x_BF: Tensor, keys_B: Tensor | None = None) -> Tensor:
         z_BD = self.trunk(x_BF, keys_B) if self.takes_keys else self.trunk(x_BF)
         return self.neck(z_BD)

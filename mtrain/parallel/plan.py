@@ -208,7 +208,7 @@ def flows(plan: Plan, work: Workload, fsdp: bool = False) -> dict[str, Flow]:
         # beside a hot head's gradient: whether its loss is finite, and whether it has labels
         found["hot heads"] = Flow("all-reduce", 4 * (int(work.head_params_T[plan.hot].sum()) + 2 * len(plan.hot)))
         found["shared heads"] = Flow("all-reduce", 4 * work.shared_params)
-    found["losses"] = Flow("all-reduce", 4 * (3 * len(plan.names) + 1))
+    found["losses"] = Flow("all-reduce", 4 * (4 * len(plan.names) + 1))
     found["control"] = Flow("all-reduce", 4 * 8)
     return {what: flow for what, flow in found.items() if flow.payload}
 

@@ -95,6 +95,19 @@ class World:
         _REDUCE_SCATTER(own, by_rank)
         return own[: self.count_dealt(len(x_GD))]
 
+    def gather_rows(self, x_ND: Tensor) -> Tensor:
+        """The rows of all ranks, one rank's after another's; how many each has need not be known."""
+        if self.size == 1:
+            return x_ND
+        rows = self.gather_objects(len(x_ND))
+        own = x_ND.new_zeros(max(rows), *x_ND.shape[1:])
+        own[: len(x_ND)] = x_ND
+        every = x_ND.new_empty(self.size * max(rows), *x_ND.shape[1:])
+        self.sent["all_gather"] += every.nbytes
+        _ALL_GATHER(every, own)
+        by_rank = every.view(self.size, max(rows), *x_ND.shape[1:])
+        return torch.cat([part[:count] for part, count in zip(by_rank, rows, strict=True)])
+
     def exchange(self, x_BD: Tensor, sent_R: Sequence[int], received_R: Sequence[int]) -> Tensor:
         """Send consecutive runs of rows, one to each rank, and get one from each (all-to-all)."""
         if self.size == 1:

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from rich.console import Console
 
 from mtrain.balance import BALANCERS
+from mtrain.balance.base import Balancer, Facts
 from mtrain.components import build
 from mtrain.config import Config, TrainConfig
 from mtrain.data.batch import Pairs
@@ -36,6 +37,7 @@ from mtrain.parallel.world import World
 from mtrain.parallel.wrap import prepare
 from mtrain.report.progress import TrainingProgress
 from mtrain.tasks import TaskTable
+from mtrain.train.balancing import Balancing, NeckGradients
 from mtrain.train.checkpoint import Saved, Snapshot
 from mtrain.train.evaluate import HIGHER_IS_BETTER, Evaluator, Scores, flatten
 from mtrain.train.objective import Objective, coefficients, expected_share
@@ -245,6 +247,7 @@ class Trainer:
             model = torch.compile(model)
         own_tasks = self.tasks if self.shard.has_all else self.tasks.take(self.shard.own)
         self.objective = Objective(own_tasks, self.bank, device)
+        balancing = self._balancing()
         coefficient_T = coefficients(self.tasks, config.objective, self.sampling_T)
         self.stepper = Stepper(
             self.accelerator,
@@ -253,7 +256,7 @@ class Trainer:
             self.shard,
             self.objective,
             torch.tensor(coefficient_T, dtype=torch.float32, device=device),
-            build(config.objective.balancer, BALANCERS, "objective.balancer"),
+            balancing,
             self.trunk_optimizer,
             self.head_optimizer,
             train,
@@ -266,6 +269,29 @@ class Trainer:
         self.evaluator = Evaluator(
             self.tasks, model, self.bank, self.objective, self.shard, config.data.by_task, config.select.min_per_class, device
         )
+
+    def _balancing(self) -> Balancing:
+        """The balancer of the config, with what it needs.
+
+        Raises:
+            UserError: it is not one, or needs gradients that this model does not give.
+        """
+        config, device = self.config.objective, self.accelerator.device
+        balancer = build(config.balancer, BALANCERS, "objective.balancer")
+        name = config.balancer.class_path
+        if not isinstance(balancer, Balancer):
+            raise UserError(f"objective.balancer: '{name}' is not a mtrain.balance.base.Balancer; derive it from that class")
+        facts = Facts(
+            self.tasks.names,
+            torch.tensor([task.kind.standardized for task in self.tasks], device=device),
+            torch.tensor(expected_share(self.tasks, config, self.sampling_T), dtype=torch.float32, device=device),
+            device,
+        )
+        gradients = None
+        if balancer.needs != "losses":
+            grid = self.config.data.layout == "grid"
+            gradients = NeckGradients(name, balancer, self.shared, self.bank, self.shard, grid, config.balancing)
+        return Balancing(balancer, facts, config.balancing, gradients, self.shard)
 
     def run(self, start: Saved | None = None) -> dict[str, Any]:
         """Train from a checkpoint of this run, or from the start."""
@@ -516,7 +542,7 @@ class Trainer:
             "kind": [task.kind.name for task in tasks],
             "train_labels": tasks.stats["train_labels"],
             "expected_share": expected_share(tasks, self.config.objective, self.sampling_T),
-            "weight": self.stepper.weight_T.double().cpu().numpy(),
+            "weight": self.stepper.balancing.weight_T.double().cpu().numpy(),
         }
         if scores and (valid := scores.get("valid")) is not None and valid.threshold_T is not None:
             columns["threshold"] = valid.threshold_T

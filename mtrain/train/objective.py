@@ -30,6 +30,9 @@ class Piece:
     Grid: logits `[B, A, O]`, labels `[B, A]` with NaN = missing, and where they are `present`. Routed and pairs: logits
     `[P, O]`, labels `[P]`, sorted by task, and `slot_P` says which of the A active tasks a label belongs to.
     `active_A` are the tasks' places in the group, on the CPU, as the optimizer wants them; None: all.
+
+    `tap` is where all paths from z to the heads pass, once for each task: the first layer of a grid `[A * H, B]`, the padded
+    rows `[N, D]` of a route.
     """
 
     number: int
@@ -42,6 +45,23 @@ class Piece:
     weight: Tensor | None
     slot_P: Tensor | None
     present: Tensor | None
+    tap: Tensor
+    route: Route | None = None
+
+    @property
+    def behind_tap(self) -> Sequence[Tensor]:
+        """The parameters between tap and logits."""
+        if self.route is not None:
+            return self.params
+        layers = len(self.group.weights)
+        return [p for i, p in enumerate(self.params) if i % layers]
+
+    def scale_tap(self, grad: Tensor, weight_T: Tensor) -> Tensor:
+        """A gradient at the tap, times each task's weight."""
+        if self.route is None:
+            return (grad.view(len(self.task_A), -1) * weight_T[self.task_A].to(grad.dtype)[:, None]).view(grad.shape)
+        task_N = self.group.task_ids[self.route.padded_head_N] % len(weight_T)
+        return grad * weight_T[task_N].to(grad.dtype)[:, None]
 
     def count_A(self) -> Tensor:
         """Labels of each active task."""
@@ -67,8 +87,16 @@ def routes(bank: HeadBank, labels: Labels) -> list[Route]:
     return bank.route((labels.task_P + offset_M1).flatten(), labels.row_P.repeat(members))
 
 
-def pieces(bank: HeadBank, z_BD: Tensor, labels: Labels, routes: list[Route], keys_B: Tensor | None = None) -> Iterator[Piece]:
-    """Run the heads that a batch's labels need: grid kernels for grids, routed kernels for pairs.
+def pieces(
+    bank: HeadBank,
+    z_BD: Tensor,
+    labels: Labels,
+    routes: list[Route],
+    keys_B: Tensor | None = None,
+    tapped: bool = False,
+) -> Iterator[Piece]:
+    """Run the heads that a batch's labels need: grid kernels for grids, routed kernels for pairs. `tapped`: gradients at taps
+    will be asked for.
 
     Each member of an ensemble (`z` is `[B, M, D]`) has its own heads: head t of member m is number m * T + t of the bank.
     """
@@ -88,24 +116,30 @@ def pieces(bank: HeadBank, z_BD: Tensor, labels: Labels, routes: list[Route], ke
             task_A = group.task_ids - first
             y = (y_TB if len(task_A) == num_tasks else y_TB[task_A]).t()
             stacks = list(group.parameters())
-            yield Piece(number, group, task_A, None, stacks, group.grid(z, stacks, keys_B), y, weight, None, ~y.isnan())
+            tap = group.grid_first(z, stacks)
+            x = tap.clone() if tapped and len(group.weights) > 1 else tap  # activations work in place
+            logits = group.grid_rest(x, stacks, keys_B, slice(None))
+            yield Piece(number, group, task_A, None, stacks, logits, y, weight, None, ~y.isnan(), tap)
         return
     for planned in routes:
         z, first = of_member(planned.group)
         route = planned.to(z.device)
         group = bank.groups[route.group]
         params = group.gather(route.active_A)
+        tap = group.routed_first(z, route)
         yield Piece(
             route.group,
             group,
             route.task_A - first,
             planned.active_A,
             params,
-            group.routed(z, route, params, keys_B),
+            group.routed_rest(tap, route, params, keys_B),
             labels.y_P[route.label_P % len(labels.y_P)],
             None if labels.weight_P is None else labels.weight_P[route.label_P % len(labels.y_P)],
             route.slot_P,
             None,
+            tap,
+            route,
         )
 
 

@@ -15,7 +15,7 @@ from mtrain.train.checkpoint import Stacks
 from mtrain.train.optim import HeadAdamW
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
-NEW = {"weight_T": 1.0, "last_loss_T": math.nan}
+NEW = {"weight_T": 1.0, "norm2_T": math.nan, "gram_TT": math.nan}
 
 
 def trunk_tensors(shared: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> dict[str, Tensor]:
@@ -51,8 +51,8 @@ def head_stacks(bank: HeadBank, optimizer: HeadAdamW | None = None, shard: Shard
 
 
 def by_task(state: dict[str, Any], names: Sequence[str], now: Sequence[str]) -> dict[str, Any]:
-    """A tree whose tensors with keys that end in `_T` hold a value for each task `names`, for the tasks `now`: for new ones
-    that of `NEW`, or 0."""
+    """A tree whose tensors with keys that end in `_T` (`_TT`) hold a value for each task (pair of tasks) `names`, for the
+    tasks `now`: for new ones that of `NEW`, or 0."""
     if list(names) == list(now):
         return state
     place = {name: t for t, name in enumerate(names)}
@@ -62,6 +62,10 @@ def by_task(state: dict[str, Any], names: Sequence[str], now: Sequence[str]) -> 
     def moved(key: str, value: Any) -> Any:
         if isinstance(value, dict):
             return {k: moved(k, v) for k, v in value.items()}
+        if isinstance(value, Tensor) and key.endswith("_TT"):
+            every = value.new_full((len(now), len(now)), NEW.get(key, 0))
+            every[here[:, None], here] = value[there[:, None], there]
+            return every
         if isinstance(value, Tensor) and key.endswith("_T"):
             return value.new_full((len(now), *value.shape[1:]), NEW.get(key, 0)).index_copy_(0, here, value[there])
         return value

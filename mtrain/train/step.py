@@ -21,6 +21,7 @@ from mtrain.model.dropout import row_keys
 from mtrain.model.heads import HeadBank
 from mtrain.parallel.shard import Shard
 from mtrain.parallel.wrap import unsynchronised
+from mtrain.train.balancing import Balancing
 from mtrain.train.hot_heads import HotHeads, PieceLoss
 from mtrain.train.objective import Objective, Piece, pieces, routes
 from mtrain.train.optim import HeadAdamW, HeadUpdate
@@ -63,34 +64,38 @@ class Totals:
 
 class Window:
     """Sums over the micro-batches of one step: for each task of this rank its losses, weights and whether one of its losses
-    was not finite `[3, T]`; and whether features were not finite. After `sum_up` those of all tasks and ranks."""
+    was not finite, and labels `[4, T]`; and whether features were not finite. After `sum_up` those of all tasks and ranks."""
 
     def __init__(self, num_tasks: int, device: torch.device):
-        self.sums_3T = torch.zeros(3, num_tasks, device=device)
+        self.sums_4T = torch.zeros(4, num_tasks, device=device)
         self.bad_features = torch.zeros((), device=device)
 
     def add(self, loss: PieceLoss) -> None:
         piece, weight_A = loss.piece, loss.count_A
         if piece.weight is not None:
             weight_A = piece.sum(piece.weight if piece.present is None else piece.weight * piece.present)
-        values = (loss.sum_A, torch.where(loss.finite_A, weight_A, 0), ~loss.finite_A)
-        self.sums_3T.index_add_(1, piece.task_A, torch.stack([value.to(loss.sum_A.dtype) for value in values]))
+        values = (loss.sum_A, torch.where(loss.finite_A, weight_A, 0), ~loss.finite_A, loss.count_A)
+        self.sums_4T.index_add_(1, piece.task_A, torch.stack([value.to(loss.sum_A.dtype) for value in values]))
 
     def sum_up(self, shard: Shard) -> None:
-        self.sums_3T, self.bad_features = shard.everywhere(self.sums_3T, self.bad_features)
+        self.sums_4T, self.bad_features = shard.everywhere(self.sums_4T, self.bad_features)
 
     @property
     def loss_T(self) -> Tensor:
-        return self.sums_3T[0]
+        return self.sums_4T[0]
 
     @property
     def mean_loss_T(self) -> Tensor:
         """NaN where the task is absent."""
-        return self.sums_3T[0] / self.sums_3T[1]
+        return self.sums_4T[0] / self.sums_4T[1]
+
+    @property
+    def count_T(self) -> Tensor:
+        return self.sums_4T[3]
 
     @property
     def bad_T(self) -> Tensor:
-        return self.sums_3T[2]
+        return self.sums_4T[2]
 
 
 def count(batch: Sequence[Batch]) -> tuple[int, int]:
@@ -119,7 +124,7 @@ class Stepper:
         shard: Shard,
         objective: Objective,
         coefficient_T: Tensor,
-        balancer: Any,
+        balancing: Balancing,
         trunk_optimizer: torch.optim.Optimizer | None,
         head_optimizer: HeadAdamW | None,
         config: TrainConfig,
@@ -128,35 +133,28 @@ class Stepper:
         members: int = 1,
     ):
         self.accelerator, self.model, self.bank, self.objective = accelerator, model, bank, objective
-        self.balancer, self.trunk_optimizer, self.head_optimizer = balancer, trunk_optimizer, head_optimizer
+        self.balancing, self.trunk_optimizer, self.head_optimizer = balancing, trunk_optimizer, head_optimizer
         self.config, self.members = config, members
         self.trunk_parameters = [p for p in model.parameters() if p.requires_grad]
         self.scale = LossScale() if accelerator.mixed_precision == "fp16" else None
         self.shard, self.coefficient_T = shard, coefficient_T
-        self.weight_T = torch.ones_like(coefficient_T)
-        self.last_loss_T: Tensor | None = None
-        self.shared_heads = SharedHeads(bank, head, torch.tensor(train_labels_T, device=self.weight_T.device), shard)
+        self.device = coefficient_T.device
+        self.shared_heads = SharedHeads(bank, head, torch.tensor(train_labels_T, device=self.device), shard)
         self.hot_heads = HotHeads(bank, shard) if shard.hot.any() else None
 
     def state_dict(self) -> dict[str, Any]:
         return {
-            "weight_T": self.weight_T,
-            "last_loss_T": self.last_loss_T,
             "scale": None if self.scale is None else vars(self.scale),
             "shared_heads": self.shared_heads.state_dict(),
-            "balancer": self.balancer.state_dict() if hasattr(self.balancer, "state_dict") else {},
+            "balancing": self.balancing.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any], same_tasks: bool = True) -> None:
         """After the heads: with other tasks than when the state was taken, their means are computed anew."""
-        device = self.weight_T.device
-        self.weight_T = state["weight_T"].to(device)
-        self.last_loss_T = None if state["last_loss_T"] is None else state["last_loss_T"].to(device)
         self.shared_heads.load_state_dict(state["shared_heads"] if same_tasks else None)
         if self.scale is not None and state["scale"] is not None:
             vars(self.scale).update(state["scale"])
-        if state["balancer"]:
-            self.balancer.load_state_dict(state["balancer"])
+        self.balancing.load_state_dict(state["balancing"])
 
     def __call__(self, batch: Sequence[Batch], step: int, totals: Totals, num_labels: int, num_rows: int) -> None:
         """Train on a global batch, given as this rank's rows of its micro-batches; what happened is added to `totals`.
@@ -168,12 +166,12 @@ class Stepper:
             return
         seed = (self.config.seed * 1_000_003 + step + self.shard.world.rank * 7_919) % 2**63
         torch.default_generator.manual_seed(seed)  # for random modules of the user's own trunk
-        if self.weight_T.device.type != "cpu":
+        if self.device.type != "cpu":
             torch.manual_seed(seed)
         single = len(batch) == 1
-        if not single and self.last_loss_T is not None:  # a window's weights come from the statistics of the one before
-            self._balance(self.last_loss_T)
-        window = Window(len(self.shard.own), self.weight_T.device)
+        window = Window(len(self.shard.own), self.device)
+        if self.balancing.gradients is not None:
+            self.balancing.gradients.start(step, self.balancing.due(step))
         updates = []
         for i, micro in enumerate(batch):
             last = i == len(batch) - 1
@@ -181,49 +179,104 @@ class Stepper:
                 updates.append(self._micro(micro, step, num_labels, window, rebalance=single))
         if not single:
             window.sum_up(self.shard)
-        self.last_loss_T = window.mean_loss_T
         self._apply(_merged(updates), window, totals)
-        totals.loss += (self.coefficient_T * self.weight_T * window.loss_T).sum() / (num_labels * self.members)
+        weight_T = self.coefficient_T * self.balancing.weight_T
+        totals.loss += (weight_T * window.loss_T).sum() / (num_labels * self.members)
         totals.bad_T += window.bad_T > 0
         totals.steps += 1
         totals.rows += num_rows
+        if not single:  # the weights of the next window
+            self.balancing.update(step, window.mean_loss_T, window.count_T)
+        if self.balancing.balancer.second_forward:
+            again = self._losses(batch, step)
+            self.balancing.after(step, again.mean_loss_T, again.count_T)
 
-    def _balance(self, loss_T: Tensor) -> None:
-        self.weight_T = self.balancer.weights(loss_T, ~loss_T.isnan())
+    @torch.no_grad()
+    def _losses(self, batch: Sequence[Batch], step: int) -> Window:
+        """The losses of a global batch with the model as it is now, with the same dropout."""
+        window = Window(len(self.shard.own), self.device)
+        for micro in batch:
+            needed = routes(self.bank, micro.labels)
+            micro = micro.to(self.device)
+            keys_B, keys_H = self._keys(micro, step)
+            z_HD = self.shard.to_heads(self.model(micro.x_BF, keys_B), micro.deal)
+            with self.accelerator.autocast():
+                found = [self._loss(piece) for piece in pieces(self.bank, z_HD, micro.labels, needed, keys_H)]
+            for loss in found if self.hot_heads is None else self.hot_heads.agreed(found):
+                window.add(loss)
+        window.sum_up(self.shard)
+        return window
+
+    def _keys(self, batch: Batch, step: int) -> tuple[Tensor, Tensor]:
+        """Dropout's keys of the rows that this rank reads, and of those that its heads read."""
+        keys_B = row_keys(self.config.seed, step, batch.row_B)
+        return keys_B, keys_B if batch.row_H is None else row_keys(self.config.seed, step, batch.row_H)
 
     def _micro(self, batch: Batch, step: int, num_labels: int, window: Window, rebalance: bool) -> list[HeadUpdate]:
         """Both phases of a micro-batch; the trunk's gradient is added to `.grad`, the heads' is returned."""
         needed = routes(self.bank, batch.labels)
-        batch = batch.to(self.weight_T.device)
-        keys_B = row_keys(self.config.seed, step, batch.row_B)
-        keys_H = keys_B if batch.row_H is None else row_keys(self.config.seed, step, batch.row_H)
+        batch = batch.to(self.device)
+        keys_B, keys_H = self._keys(batch, step)
+        gradients = self.balancing.gradients if self.balancing.due(step) else None
         features_BD = self.model(batch.x_BF, keys_B)
         window.bad_features += ~features_BD.detach().isfinite().all()
         z_HD = self.shard.to_heads(features_BD.detach(), batch.deal).requires_grad_(features_BD.requires_grad)
         with self.accelerator.autocast():
-            found = [self._loss(piece) for piece in pieces(self.bank, z_HD, batch.labels, needed, keys_H)]
+            parts = pieces(self.bank, z_HD, batch.labels, needed, keys_H, tapped=gradients is not None)
+            found = [self._loss(piece) for piece in parts]
         if self.hot_heads is not None:
             found = self.hot_heads.agreed(found)
         for loss in found:
             window.add(loss)
+        unit_T = self.shard.local(self.coefficient_T) / num_labels
+        staged = None
+        if gradients is not None:
+            staged = [self._to_tap(loss, unit_T) for loss in found]
+            taps = [(loss.piece, grads[0]) for loss, grads in zip(found, staged, strict=True)]
+            gradients.add(taps, batch.deal, 1.0 if self.scale is None else self.scale.value)
         if rebalance:
             window.sum_up(self.shard)
-            self._balance(window.mean_loss_T)
-        coefficient_T = self.shard.local(self.coefficient_T * self.weight_T) / num_labels
-        grad_logits = [self._grad_logits(loss, coefficient_T) for loss in found]
+            self.balancing.update(step, window.mean_loss_T, window.count_T)
+        weight_T = self.shard.local(self.balancing.weight_T)
+        coefficient_T = unit_T * weight_T
 
         wanted = [z_HD] if z_HD.requires_grad else []
         if self.head_optimizer is not None:
             wanted += [p for loss in found for p in loss.piece.params]
         grads: list[Tensor] = []
-        if found:
+        if found and staged is None:
+            grad_logits = [self._grad_logits(loss, coefficient_T) for loss in found]
             grads = list(torch.autograd.grad([loss.piece.logits for loss in found], wanted, grad_logits))
+        elif found and staged is not None:
+            grads = self._from_taps(found, staged, wanted, weight_T)
         if z_HD.requires_grad:  # also without labels here: other ranks wait for this one's part
             grad_HD = grads.pop(0) if found else torch.zeros_like(z_HD)
             grad_BD = self.shard.from_heads(grad_HD, batch.deal)
             features_BD.backward(grad_BD * self.shard.world.size)  # DDP and FSDP average over ranks, J is a sum
         return [] if self.head_optimizer is None else self._head_updates(found, grads, coefficient_T)
 
+    def _to_tap(self, loss: PieceLoss, unit_T: Tensor) -> list[Tensor]:
+        """Gradients of the tasks' terms, before any weight, at the tap and at the parameters behind it."""
+        piece = loss.piece
+        return list(torch.autograd.grad(piece.logits, [piece.tap, *piece.behind_tap], self._grad_logits(loss, unit_T)))
+
+    def _from_taps(
+        self, found: list[PieceLoss], staged: list[list[Tensor]], wanted: list[Tensor], weight_T: Tensor
+    ) -> list[Tensor]:
+        """Gradients of the weighted objective at `wanted`, from those that `_to_tap` gave."""
+        behind: dict[int, Tensor] = {}
+        taps = []
+        for loss, (tap, *others) in zip(found, staged, strict=True):
+            piece = loss.piece
+            weight_A = weight_T[piece.task_A].to(tap.dtype)
+            taps.append(piece.scale_tap(tap, weight_T))
+            for p, grad in zip(piece.behind_tap, others, strict=True):
+                behind[id(p)] = grad * weight_A.view(-1, *[1] * (grad.dim() - 1))
+        before = [p for p in wanted if id(p) not in behind]
+        given = dict(zip(map(id, before), torch.autograd.grad([loss.piece.tap for loss in found], before, taps), strict=True))
+        return [behind[id(p)] if id(p) in behind else given[id(p)] for p in wanted]
+
+    @torch.enable_grad()
     def _loss(self, piece: Piece) -> PieceLoss:
         """Losses of a piece's tasks. A task whose loss or gradient is not finite counts as bad."""
         leaf = piece.logits.detach().float().requires_grad_()

@@ -76,7 +76,8 @@ def dealt_rows_are_gathered_in_their_order(world):
             assert len(own) == world.count_dealt(total)
             found = world.gather_dealt(own, total)
             assert torch.equal(found, every)
-    assert [world.count_dealt(5, rank) for rank in range(world.size)] == [len(range(r, 5, world.size)) for r in range(world.size)]
+    ranks = range(world.size)
+    assert [world.count_dealt(5, rank) for rank in ranks] == [len(range(rank, 5, world.size)) for rank in ranks]
 
 
 @check
@@ -88,6 +89,14 @@ def each_rank_gets_its_dealt_rows_of_the_sum(world):
             before = own.clone()
             assert torch.equal(world.scatter_dealt(own), every[world.rank :: world.size])
             assert torch.equal(own, before)
+
+
+@check
+def rows_of_all_ranks_follow_each_other(world):
+    for base in (0, 1, 4):
+        for shape in SHAPES:
+            every = [made(rank, base * (rank % 2) + base // 2, *shape) for rank in range(world.size)]
+            assert torch.equal(world.gather_rows(every[world.rank]), torch.cat(every))
 
 
 @check
@@ -207,13 +216,14 @@ def test_with_one_process_everything_is_the_identity():
     world = World()
     x, numbers = made(0, 5, 3), [1.0, 2.0]
     assert (world.rank, world.size, world.is_first) == (0, 1, True)
-    same = (world.sum(x), world.gather_dealt(x, 5), world.scatter_dealt(x), world.exchange(x, [5], [5]), world.from_first(x))
+    same = (world.sum(x), world.gather_dealt(x, 5), world.scatter_dealt(x), world.gather_rows(x), world.exchange(x, [5], [5]))
     assert all(found is x for found in same)
     assert torch.equal(x, made(0, 5, 3))
     assert all(a is b for a, b in zip(world.sum_each([x, x]), [x, x], strict=True))
     assert world.sum_numbers(*numbers) == numbers
     assert world.count_dealt(5) == 5
     assert world.gather_objects(x)[0] is x
+    assert world.from_first(x) is x
     assert world.gather_to_first(x)[0] is x
     assert world.together(lambda: x) is x
     assert not world.sent

@@ -15,6 +15,7 @@ from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from rich.console import Console
 
 from mtrain import runs
+from mtrain.balance import BALANCERS
 from mtrain.config import check_config
 from mtrain.errors import UserError
 from mtrain.parallel import wrap
@@ -55,6 +56,14 @@ CASES = {
     "hot-shared": ROUTED | SKEWED | {"model": {"trunk": DEEP, "head": {"toward_shared": 20.0}}, "train": {"micro_batch": 20}},
     "few": ROUTED | {"data": {**ROUTED["data"], "path": "few.csv"}},
 }
+NECK = {"trunk": {"class_path": "MLP", "init_args": {"widths": [64], "dropout": 0.2}}, "neck": 12}
+BALANCED = {
+    "grid": GRID | {"model": NECK | {"head": {"hidden": [5]}}},
+    "owners": ROUTED | {"model": NECK | {"head": {"hidden": [4]}}},
+    "hot": ROUTED | SKEWED | {"model": NECK, "train": {"micro_batch": 20}},
+    "exchange": ROUTED | SKEWED | {"model": NECK | {"head": {"hidden": [60]}}},
+}
+CASES |= {f"{case}-{name}": BALANCED[case] | {"objective": {"balancer": name}} for case in BALANCED for name in BALANCERS}
 CASES |= {
     f"{name}-fsdp": CASES[name] for name in ("grid", "owners", "owners-accumulated", "exchange-accumulated", "grid-refit")
 }

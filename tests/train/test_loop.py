@@ -24,12 +24,13 @@ from mtrain.train.loop import Selection, Trainer, joined, lr_factor
 from mtrain.train.run_dir import RunDir
 from mtrain.train.state import head_stacks, trunk_tensors
 from mtrain.train.step import Stepper
-from mtrain.train.stop import Preempted
+from mtrain.train.stop import Preempted, stop_signals
 
 
 def train(config, path):
     console = Console(file=StringIO(), width=200)
-    summary = runs.train(config, Path(), path, console)
+    with stop_signals("SIGTERM", "SIGUSR1") as asked:
+        summary = runs.train(config, Path(), path, console, asked=asked)
     return summary, console.file.getvalue()
 
 
@@ -104,7 +105,7 @@ def test_a_run_that_was_stopped_is_the_run_that_was_not(case, how, tmp_path, mon
         call(self, batch, step, *rest)
 
     monkeypatch.setattr(Stepper, "__call__", stopping)
-    stops = []
+    stops, said, expected = [], [], []
     while True:
         try:
             train(config, tmp_path / "stopped")
@@ -113,10 +114,11 @@ def test_a_run_that_was_stopped_is_the_run_that_was_not(case, how, tmp_path, mon
             stops.append(None)
         except Preempted as stop:
             stops.append(stop.number)
-            (mark,) = (tmp_path / "stopped").rglob("preempted")
-            step = RunDir(mark.parent).checkpoints.newest().step
-            assert mark.read_text() == f"{stop} at step {step}\n"
+            said.append((tmp_path / "stopped" / "preempted").read_text())
+            split = [one for one in RunDir(tmp_path / "stopped").splits() if one.has_trained][-1]
+            expected.append(f"{signal.Signals(stop.number).name} at step {split.checkpoints.newest().step}\n")
     assert not list((tmp_path / "stopped").rglob("preempted"))
+    assert said == expected
     if how == "killed":
         assert len(stops) == 3
     else:  # not a step was done twice

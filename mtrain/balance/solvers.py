@@ -1,0 +1,179 @@
+"""Small dense problems that balancers solve: on the simplex, over a cone, in sequence over tasks; in torch on the device."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+RANK_CUTOFF = torch.finfo(torch.float32).eps  # times the size: below this share of the largest, an eigenvalue is rounding
+BLOCK = 32  # tasks of a sweep that are taken together: one matrix product for their gradients, the rest within them
+
+
+def solve(gram_AA: Tensor, method: Callable[[Tensor], Tensor], degree: float = 0.0) -> Tensor:
+    """Weights `[A]` in float32 from `method`, which gets the Gram matrix of the tasks whose gradient is not zero, in
+    float64, symmetric, with a mean diagonal of 1.
+
+    A task without a gradient says nothing of the direction: it gets the mean weight of the others, so that its head is
+    neither frozen nor flung. With no gradient at all every weight is 1.
+
+    Args:
+        degree: the weights' degree in the gradients' overall scale s: w(s^2 G) = s^degree w(G).
+    """
+    weight_A = torch.ones(len(gram_AA), dtype=torch.float64, device=gram_AA.device)
+    gram = gram_AA.double()
+    alive_A = gram.diagonal() > 0
+    if alive_A.any():
+        gram = gram[alive_A][:, alive_A]
+        scale = gram.diagonal().mean()
+        weight = method((gram + gram.T) / (2 * scale)) * scale ** (degree / 2)
+        weight_A = torch.where(alive_A, weight_A, weight.mean())
+        weight_A[alive_A] = weight
+    return weight_A.clamp(-1e37, 1e37).float()
+
+
+def unit(gram: Tensor) -> tuple[Tensor, Tensor]:
+    """The matrix of cosines `[A, A]`, with a diagonal of 1, and the norms `[A]`: G = n C n."""
+    norm = gram.diagonal().sqrt()
+    cosine = (gram / norm / norm[:, None]).clamp(-1, 1)
+    return cosine, norm
+
+
+def eigen(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvalues `[R]`, ascending, and eigenvectors `[A, R]` of a positive semidefinite matrix, those of rounding left out."""
+    value, vector = torch.linalg.eigh(matrix)
+    kept = value > value[-1] * len(matrix) * RANK_CUTOFF
+    return value[kept], vector[:, kept]
+
+
+def simplex_minimum(
+    model: Callable[[Tensor], tuple[Tensor, Tensor]], start: Tensor, enough: Callable[[Tensor, Tensor], Tensor], steps: int = 60
+) -> Tensor:
+    """The minimum of a convex function over the simplex, by a primal-dual interior-point method (Nocedal and Wright 2006,
+    section 14.2 with the centring of Mehrotra): one Cholesky factorisation a step, whatever the condition.
+
+    Where many points are minima it goes to the middle of them: equal tasks get equal weights.
+
+    Args:
+        model: from `x` the gradient `[A]` and the Hessian `[A, A]`.
+        start: a point with positive entries that sum to 1.
+        enough: from `x` and the gap, x^T grad - min grad >= f(x) - min f, whether to stop.
+        steps: bound on the iterations.
+
+    Returns:
+        `x` with the least gap, not negative, sum 1.
+    """
+    x = start
+    grad, hessian = model(x)
+    level = grad.min() - (grad - grad.min()).mean() - grad.abs().max() * 1e-3
+    z = grad - level
+    best, least = x, torch.full((), torch.inf, dtype=x.dtype, device=x.device)
+    for _ in range(steps):
+        point = x / x.sum()
+        gap = point @ grad - grad.min()
+        if gap < least:
+            best, least = point, gap
+        if enough(point, gap):
+            break
+        mu = (x @ z) / len(x)
+        kkt = hessian + torch.diag(z / x)
+        root = kkt.diagonal().rsqrt()  # scaled to a diagonal of 1: late in the iterations z / x spans many decades
+        factor, failed = torch.linalg.cholesky_ex(kkt * root * root[:, None])
+        if failed:
+            break
+
+        def direction(target: Tensor | float) -> tuple[Tensor, Tensor, Tensor]:
+            """The Newton step to where x z = target."""
+            right = torch.stack([-(grad - level - z) + (target - x * z) / x, torch.ones_like(x)], dim=1)
+            solved = root[:, None] * torch.cholesky_solve(root[:, None] * right, factor)
+            d_level = (1 - x.sum() - solved[:, 0].sum()) / solved[:, 1].sum()
+            d_x = solved[:, 0] + d_level * solved[:, 1]
+            return d_x, (target - x * z - z * d_x) / x, d_level
+
+        d_x, d_z, _ = direction(0.0)
+        reach = torch.minimum(_reach(x, d_x), _reach(z, d_z))
+        ahead = ((x + reach * d_x) @ (z + reach * d_z)) / len(x)
+        d_x, d_z, d_level = direction((ahead / mu) ** 3 * mu - d_x * d_z)
+        reach = 0.995 * torch.minimum(_reach(x, d_x), _reach(z, d_z))
+        x, z, level = x + reach * d_x, z + reach * d_z, level + reach * d_level
+        grad, hessian = model(x)
+    return best
+
+
+def _reach(x: Tensor, step: Tensor) -> Tensor:
+    """The longest step, at most 1, that leaves x >= 0."""
+    return torch.where(step < 0, -x / step, torch.ones_like(x)).min().clamp(max=1)
+
+
+def fair_point(matrix: Tensor, constant: Tensor, alpha: float, steps: int = 100, tolerance: float = 1e-9) -> Tensor:
+    """The positive y with M y = c y^(-1/alpha): the minimum of a strictly convex function, by a primal-dual Newton method
+    on M y = c s and log y + alpha log s = 0.
+
+    Args:
+        matrix: positive definite `[A, A]`.
+        constant: c, positive `[A]`.
+        tolerance: of y^(1/alpha) (M y) / c, which is to be 1.
+    """
+    y = (constant / matrix.diagonal()) ** (alpha / (1 + alpha))
+    s = y ** (-1 / alpha)
+    for _ in range(steps):
+        made = matrix @ y
+        off = (made / constant * y ** (1 / alpha) - 1).abs().max()
+        if off <= tolerance:
+            break
+        right = -(made - constant * s) - constant * s / alpha * (y.log() + alpha * s.log())
+        kkt = matrix + torch.diag(constant * s / (alpha * y))
+        root = kkt.diagonal().rsqrt()
+        factor, failed = torch.linalg.cholesky_ex(kkt * root * root[:, None])
+        if failed:
+            break
+        d_y = root * torch.cholesky_solve((root * right)[:, None], factor)[:, 0]
+        d_s = -s / alpha * (y.log() + alpha * s.log() + d_y / y)
+        reach = torch.minimum(0.9 * _reach(y, d_y / 0.9), 0.9 * _reach(s, d_s / 0.9)).clamp(max=1)
+        y, s = y + reach * d_y, s + reach * d_s
+    return y
+
+
+def sweep(matrix: Tensor, weight: Tensor, rule: Callable[[int, Tensor, Tensor], Tensor]) -> None:
+    """Visit the tasks in turn, and give each its new coefficients in all combinations at once, in place.
+
+    Args:
+        matrix: inner products `[A, A]` of the tasks' gradients.
+        weight: `[A, P]`: column p is a combination of them.
+        rule: from a task, its coefficients `[P]` and its inner products with the P combinations as they are, the new ones.
+    """
+    for begin in range(0, len(matrix), BLOCK):
+        rows = slice(begin, begin + BLOCK)
+        inner, within = matrix[rows] @ weight, matrix[rows, rows]
+        for j in range(len(inner)):
+            old = weight[begin + j]
+            new = rule(begin + j, old, inner[j])
+            if j + 1 < len(inner):
+                inner[j + 1 :].addr_(within[j + 1 :, j], new - old)
+            weight[begin + j] = new
+
+
+def shuffled(size: int, step: int, device: torch.device) -> Tensor:
+    """An order of `size` tasks, drawn alike on every rank and device for this step."""
+    return torch.randperm(size, generator=torch.Generator().manual_seed(step)).to(device)
+
+
+def expect(ok: bool, option: str, value: object, expected: str) -> None:
+    if not ok:
+        raise UserError(f"{option}: found {value}; expected {expected}")
+
+
+def gram_of(gram_AA: Tensor | None) -> Tensor:
+    assert gram_AA is not None, "a balancer that needs the Gram matrix was not given it"
+    return gram_AA
+
+
+def fair_weights(gram: Tensor, alpha: float) -> Tensor:
+    """The positive w with G w = w^(-1/alpha), G with a ridge of each task's squared norm that covers its rounding.
+
+    Solved for y = |g| w with the matrix of cosines, whose condition does not depend on the gradients' scales.
+    """
+    cosine, norm = unit(gram)
+    cosine.diagonal().add_(len(gram) * RANK_CUTOFF)
+    return fair_point(cosine, norm ** (1 / alpha - 1), alpha) / norm
