@@ -52,16 +52,15 @@ class Learned(Balancer):
     def _values(self, task_A: Tensor) -> Tensor:
         return torch.where(self.steps_T[task_A] > 0, self.value_T[task_A], self.initial)
 
-    def _descend(self, task_A: Tensor, grad_A: Tensor) -> Tensor:
-        """Takes a step of the active tasks and returns their new x `[A]`."""
-        value_A, steps_A = self._values(task_A), self.steps_T[task_A] + 1
+    def _descend(self, task_A: Tensor, value_A: Tensor, grad_A: Tensor) -> Tensor:
+        """Takes a step of the active tasks from their x `[A]` and returns the new ones."""
+        steps_A = self.steps_T[task_A] + 1
         step_A = grad_A
         if self.optimizer == "adam":
             moment_A = self.moment_T[task_A].lerp(grad_A, 1 - _BETAS[0])
             square_A = self.square_T[task_A].lerp(grad_A.square(), 1 - _BETAS[1])
             self.moment_T[task_A], self.square_T[task_A] = moment_A, square_A
-            # 1 - beta^n as expm1: in float32 the power itself leaves four digits of it
-            bias_1, bias_2 = (-torch.expm1(steps_A * math.log(beta)) for beta in _BETAS)
+            bias_1, bias_2 = (1 - torch.exp(steps_A * math.log(beta)) for beta in _BETAS)
             step_A = moment_A / bias_1 / ((square_A / bias_2).sqrt() + _EPSILON)
         value_A = value_A - self.lr * step_A
         self.value_T[task_A], self.steps_T[task_A] = value_A, steps_A

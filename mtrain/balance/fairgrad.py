@@ -25,7 +25,7 @@ class FairGrad(Balancer):
     needs: ClassVar[Need] = "gram"
 
     def __init__(self, alpha: float = 2.0):
-        expect(alpha == 0 or 0.1 <= alpha <= 100, "balancer fairgrad: alpha", alpha, "0, or a number from 0.1 to 100")
+        expect(alpha == 0 or 0.2 <= alpha <= 20, "balancer fairgrad: alpha", alpha, "0, or a number from 0.2 to 20")
         self.alpha = alpha
 
     def weights(self, seen: Seen) -> Tensor:

@@ -15,7 +15,7 @@ from mtrain.balance.common import LOSS_FLOOR, Learned, require
 class FAMO(Learned):
     """w_t = A z_t / L_t / sum(z / L), z = softmax(x) over the A active tasks; x is learned from how far a step takes log L.
 
-    Liu et al. 2023, arXiv:2306.03792, algorithm 1: after the step, with d_t = log L_t before - log L_t after on the same batch,
+    Liu et al. 2023, arXiv:2306.03792: after the step, with d_t = log L_t before - log L_t after on the same batch,
     x descends along z_t (d_t - sum(z d)) + gamma x_t, by Adam as in the authors' code.
 
     Deviations: times A, because J is a mean over labels where the paper has weights that sum to 1; losses count as at least
@@ -43,10 +43,10 @@ class FAMO(Learned):
         before, self._before = self._before, None
         if before is None:
             return
-        in_both_A = torch.isin(seen.task_A, before.task_A)
-        task_A, after_A = seen.task_A[in_both_A], seen.loss_A[in_both_A]  # both are in ascending order
-        before_A = before.loss_A[torch.isin(before.task_A, seen.task_A)]
+        place_A = torch.searchsorted(before.task_A, seen.task_A).clamp_max(len(before.task_A) - 1)
+        in_both_A = before.task_A[place_A] == seen.task_A
+        task_A, after_A, before_A = seen.task_A[in_both_A], seen.loss_A[in_both_A], before.loss_A[place_A][in_both_A]
         fall_A = before_A.clamp_min(LOSS_FLOOR).log() - after_A.clamp_min(LOSS_FLOOR).log()
         logit_A = self._values(task_A)
         z_A = torch.softmax(logit_A, 0)
-        self._descend(task_A, z_A * (fall_A - (z_A * fall_A).sum()) + self.gamma * logit_A)
+        self._descend(task_A, logit_A, z_A * (fall_A - (z_A * fall_A).sum()) + self.gamma * logit_A)

@@ -36,6 +36,7 @@ from torch.nn import functional as F
 from mtrain.errors import UserError
 
 MEMORY = 256 * 2**20  # bytes for intermediate results
+CACHE = 32 * 2**20  # bytes of small pieces: an allocator uses these again where it maps larger ones anew
 SKETCH = 128  # random vectors on each side of a projection
 BLOCK = 8  # of them are multiplied all with all
 SAMPLE = 128  # tasks that the error of a projection is estimated from
@@ -376,7 +377,7 @@ def _padded(factors: Factors, memory: int) -> Iterator[tuple[Tensor | slice, Ten
         units = int(count_A[task_a].max())
         alike = bool((count_A[task_a] == units).all())
         each = units * (width_x + width_y) + min(2 * units**2, width_x * width_y)
-        for tasks in task_a.split(max(1, memory // (each * x_NI.element_size()))):
+        for tasks in task_a.split(max(1, min(memory, CACHE) // (each * x_NI.element_size()))):
             start = int(first_A[tasks[0]])
             if alike and int(first_A[tasks[-1]]) - start == (len(tasks) - 1) * units:  # they lie together: no copies
                 x, y = (value[start : start + len(tasks) * units] for value in (x_NI, y_ND))
@@ -385,8 +386,7 @@ def _padded(factors: Factors, memory: int) -> Iterator[tuple[Tensor | slice, Ten
                 real = step < count_A[tasks, None]
                 index = torch.where(real, first_A[tasks, None] + step, first_A[tasks, None]).flatten().to(device)
                 x, y = x_NI.index_select(0, index), y_ND.index_select(0, index)
-                if not alike:
-                    y = torch.where(real.view(-1, 1).to(device), y, 0)
+                y.index_fill_(0, (~real).flatten().nonzero().squeeze(1).to(device), 0)
             contiguous = int(tasks[-1]) - int(tasks[0]) == len(tasks) - 1
             which = slice(int(tasks[0]), int(tasks[-1]) + 1) if contiguous else tasks.to(device)
             yield which, x.view(len(tasks), units, width_x), y.view(len(tasks), units, width_y)

@@ -32,7 +32,7 @@ class GradNorm(Learned):
     Absent tasks: means are over the A active tasks, and returned weights sum to A. A learned step leaves the sum of the active
     tasks' weights as it was, so that all T sum to T at all times, as in the paper, and those of absent tasks stay as they are.
 
-    Deviations: r_t^alpha is kept from 1e-6 to 1e6, learned weights above 1e-6; initial losses count as at least 1e-8.
+    Deviations: r_t^alpha is kept from 1e-6 to 1e6, learned weights above 1e-6; losses count as at least 1e-8.
 
     Args:
         mode: `learned` (the paper) or `closed`.
@@ -101,7 +101,7 @@ class GradNorm(Learned):
         size_A = weight_A * norm_A
         gap_A = size_A - size_A.mean() * pull_A
         sign_A = torch.where(gap_A.abs() > ROUNDING * size_A, gap_A.sign(), 0)
-        new_A = self._descend(task_A, norm_A * sign_A).clamp_min(LEAST_WEIGHT)
+        new_A = self._descend(task_A, weight_A, norm_A * sign_A).clamp_min(LEAST_WEIGHT)
         self.value_T[task_A] = new_A * (weight_A.sum() / new_A.sum())
         return weight_A / weight_A.mean()
 

@@ -37,7 +37,12 @@ class GradVac(Balancer):
 
     def begin(self, facts: Facts) -> None:
         super().begin(facts)
-        expect(facts.num_tasks <= MOST_TASKS, "balancer gradvac: tasks", facts.num_tasks, f"at most {MOST_TASKS}; pcgrad has no limit")
+        expect(
+            facts.num_tasks <= MOST_TASKS,
+            "balancer gradvac: tasks",
+            facts.num_tasks,
+            f"at most {MOST_TASKS}; pcgrad has no limit",
+        )
         self.cosine_TT = torch.zeros(facts.num_tasks, facts.num_tasks, device=facts.device)
 
     def weights(self, seen: Seen) -> Tensor:

@@ -14,7 +14,7 @@ STEEPEST = 100.0
 class IMTLL(Learned):
     """Learned scales x_t: w_t = exp(x_t), where x_t descends exp(x_t) L_t - x_t and rests at w_t = 1 / L_t.
 
-    Liu et al. 2021, "Towards Impartial Multi-task Learning" (ICLR), equation 8 with base e. Active tasks only, both terms
+    Liu et al. 2021, "Towards Impartial Multi-task Learning" (ICLR), with base e. Active tasks only, both terms
     under T times the task's expected share of the objective. The weights of a step are those from before its update of x.
 
     Deviations: an optimizer of its own instead of the model's (these defaults are ours), without weight decay; the slope is
@@ -31,7 +31,9 @@ class IMTLL(Learned):
         super().__init__(initial, lr, optimizer)
 
     def weights(self, seen: Seen) -> Tensor:
-        weight_A = torch.exp(self._values(seen.task_A))
+        task_A = seen.task_A
+        x_A = self._values(task_A)
+        weight_A = torch.exp(x_A)
         slope_A = (weight_A * seen.loss_A.clamp_min(LOSS_FLOOR) - 1).clamp_max(STEEPEST)
-        self._descend(seen.task_A, self.facts.num_tasks * self.facts.share_T[seen.task_A] * slope_A)
+        self._descend(task_A, x_A, self.facts.num_tasks * self.facts.share_T[task_A] * slope_A)
         return weight_A

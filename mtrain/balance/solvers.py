@@ -7,6 +7,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from mtrain.errors import UserError
+
 RANK_CUTOFF = torch.finfo(torch.float32).eps  # times the size: below this share of the largest, an eigenvalue is rounding
 BLOCK = 32  # tasks of a sweep that are taken together: one matrix product for their gradients, the rest within them
 
@@ -77,24 +79,20 @@ def simplex_minimum(
         if enough(point, gap):
             break
         mu = (x @ z) / len(x)
-        kkt = hessian + torch.diag(z / x)
-        root = kkt.diagonal().rsqrt()  # scaled to a diagonal of 1: late in the iterations z / x spans many decades
-        factor, failed = torch.linalg.cholesky_ex(kkt * root * root[:, None])
-        if failed:
+        factored = _factor(hessian, z / x)
+        if factored is None:
             break
-
-        def direction(target: Tensor | float) -> tuple[Tensor, Tensor, Tensor]:
-            """The Newton step to where x z = target."""
-            right = torch.stack([-(grad - level - z) + (target - x * z) / x, torch.ones_like(x)], dim=1)
-            solved = root[:, None] * torch.cholesky_solve(root[:, None] * right, factor)
+        target = torch.zeros_like(x)  # of x z: 0 at first, to see how far that step goes, then between 0 and as it is
+        for ahead in (True, False):
+            right = torch.stack([level + target / x - grad, torch.ones_like(x)], dim=1)
+            solved = _solved(factored, right)
             d_level = (1 - x.sum() - solved[:, 0].sum()) / solved[:, 1].sum()
             d_x = solved[:, 0] + d_level * solved[:, 1]
-            return d_x, (target - x * z - z * d_x) / x, d_level
-
-        d_x, d_z, _ = direction(0.0)
-        reach = torch.minimum(_reach(x, d_x), _reach(z, d_z))
-        ahead = ((x + reach * d_x) @ (z + reach * d_z)) / len(x)
-        d_x, d_z, d_level = direction((ahead / mu) ** 3 * mu - d_x * d_z)
+            d_z = (target - x * z - z * d_x) / x
+            if ahead:
+                reach = torch.minimum(_reach(x, d_x), _reach(z, d_z))
+                share = ((x + reach * d_x) @ (z + reach * d_z)) / (len(x) * mu)
+                target = share**3 * mu - d_x * d_z
         reach = 0.995 * torch.minimum(_reach(x, d_x), _reach(z, d_z))
         x, z, level = x + reach * d_x, z + reach * d_z, level + reach * d_level
         grad, hessian = model(x)
@@ -107,32 +105,61 @@ def _reach(x: Tensor, step: Tensor) -> Tensor:
 
 
 def fair_point(matrix: Tensor, constant: Tensor, alpha: float, steps: int = 100, tolerance: float = 1e-9) -> Tensor:
-    """The positive y with M y = c y^(-1/alpha): the minimum of a strictly convex function, by a primal-dual Newton method
-    on M y = c s and log y + alpha log s = 0.
+    """The positive y with M y = c y^(-1/alpha): where the strictly convex y^T M y / 2 - sum c u(y) is least, u' = y^(-1/alpha),
+    by Newton's method with backtracking.
 
     Args:
         matrix: positive definite `[A, A]`.
         constant: c, positive `[A]`.
         tolerance: of y^(1/alpha) (M y) / c, which is to be 1.
     """
+    power = 1 - 1 / alpha
+
+    def value(y: Tensor) -> Tensor:
+        return y @ matrix @ y / 2 - (constant * (y.log() if power == 0 else y**power / power)).sum()
+
     y = (constant / matrix.diagonal()) ** (alpha / (1 + alpha))
-    s = y ** (-1 / alpha)
     for _ in range(steps):
-        made = matrix @ y
-        off = (made / constant * y ** (1 / alpha) - 1).abs().max()
-        if off <= tolerance:
+        made, wanted = matrix @ y, constant * y ** (-1 / alpha)
+        if (made / wanted - 1).abs().max() <= tolerance:
             break
-        right = -(made - constant * s) - constant * s / alpha * (y.log() + alpha * s.log())
-        kkt = matrix + torch.diag(constant * s / (alpha * y))
-        root = kkt.diagonal().rsqrt()
-        factor, failed = torch.linalg.cholesky_ex(kkt * root * root[:, None])
-        if failed:
+        factored = _factor(matrix, wanted / (alpha * y))
+        if factored is None:
             break
-        d_y = root * torch.cholesky_solve((root * right)[:, None], factor)[:, 0]
-        d_s = -s / alpha * (y.log() + alpha * s.log() + d_y / y)
-        reach = torch.minimum(0.9 * _reach(y, d_y / 0.9), 0.9 * _reach(s, d_s / 0.9)).clamp(max=1)
-        y, s = y + reach * d_y, s + reach * d_s
+        step = _solved(factored, (wanted - made)[:, None])[:, 0]
+        slope, now = (made - wanted) @ step, value(y)
+        reach = torch.where(step < 0, -0.95 * y / step, torch.ones_like(y)).min().clamp(max=1)
+        for _ in range(30 if -slope > 1e-10 * (y @ made) else 0):  # below that the values differ by rounding only
+            if value(y + reach * step) <= now + 1e-4 * reach * slope:
+                break
+            reach = reach / 2
+        y = y + reach * step
     return y
+
+
+def fair_weights(gram: Tensor, alpha: float) -> Tensor:
+    """The positive w with G w = w^(-1/alpha), G with a ridge of each task's squared norm that covers its rounding.
+
+    Solved for y = |g| w with the matrix of cosines, whose condition does not depend on the gradients' scales.
+    """
+    cosine, norm = unit(gram)
+    cosine.diagonal().add_(len(gram) * RANK_CUTOFF)
+    return fair_point(cosine, norm ** (1 / alpha - 1), alpha) / norm
+
+
+def _factor(matrix: Tensor, more: Tensor) -> tuple[Tensor, Tensor] | None:
+    """The Cholesky factor of a matrix with more on its diagonal, scaled to a diagonal of 1, and the scaling: what is added may
+    span many decades. None where it is not positive definite."""
+    root = (matrix.diagonal() + more).rsqrt()
+    scaled = (matrix * root).mul_(root[:, None])
+    scaled.diagonal().fill_(1)
+    factor, failed = torch.linalg.cholesky_ex(scaled)
+    return None if failed else (factor, root)
+
+
+def _solved(factored: tuple[Tensor, Tensor], right: Tensor) -> Tensor:
+    factor, root = factored
+    return root[:, None] * torch.cholesky_solve(root[:, None] * right, factor)
 
 
 def sweep(matrix: Tensor, weight: Tensor, rule: Callable[[int, Tensor, Tensor], Tensor]) -> None:
@@ -169,11 +196,62 @@ def gram_of(gram_AA: Tensor | None) -> Tensor:
     return gram_AA
 
 
-def fair_weights(gram: Tensor, alpha: float) -> Tensor:
-    """The positive w with G w = w^(-1/alpha), G with a ridge of each task's squared norm that covers its rounding.
+def cone_minimum(matrix: Tensor, tolerance: float, rounds: int = 24) -> Tensor:
+    """For each task i the u that makes u^T M u least over u >= e_i: `[A, A]`, one a row.
 
-    Solved for y = |g| w with the matrix of cosines, whose condition does not depend on the gradients' scales.
+    All rows at once. Two coordinate descents, then semismooth Newton steps (Hintermueller, Ito and Kunisch 2002, primal-dual
+    active sets): guess which bounds hold, and solve for the other coefficients by conjugate gradients, a matrix product an
+    iteration. Each row keeps its best iterate; descents are repeated where the guesses do not settle.
+
+    Args:
+        matrix: positive definite, with a diagonal of 1.
+        tolerance: of the residual max |min(u - e_i, M u)|, which is 0 at the solution.
     """
-    cosine, norm = unit(gram)
-    cosine.diagonal().add_(len(gram) * RANK_CUTOFF)
-    return fair_point(cosine, norm ** (1 / alpha - 1), alpha) / norm
+    bound = torch.eye(len(matrix), dtype=matrix.dtype, device=matrix.device)
+    best, least = bound, torch.full_like(matrix[0], torch.inf)
+
+    def rule(task: int, old: Tensor, inner: Tensor) -> Tensor:
+        new = (old - inner).clamp_(min=0)
+        new[task].clamp_(min=1)
+        return new
+
+    u = bound
+    for i in range(rounds):
+        if i % 6 == 0:
+            columns = best.T.contiguous()
+            sweep(matrix, columns, rule)
+            sweep(matrix, columns, rule)
+            u = columns.T.contiguous()
+        slope = u @ matrix
+        free = u - slope > bound
+        u = _conjugate_gradients(matrix, torch.where(free, u, bound), free.to(u.dtype), tolerance)
+        feasible = torch.maximum(u, bound)
+        off = cone_residual(matrix, feasible)
+        better = off < least
+        best, least = torch.where(better[:, None], feasible, best), torch.where(better, off, least)
+        if least.max() <= tolerance:
+            break
+    return best
+
+
+def cone_residual(matrix: Tensor, u: Tensor) -> Tensor:
+    """max |min(u - e_i, M u)| of each row i `[A]`: how far it is from its solution."""
+    bound = torch.eye(len(matrix), dtype=matrix.dtype, device=matrix.device)
+    return torch.minimum(u - bound, u @ matrix).abs().amax(1)
+
+
+def _conjugate_gradients(matrix: Tensor, u: Tensor, free: Tensor, tolerance: float) -> Tensor:
+    """Rows of u with u^T M u lower over their free coefficients: until the gradients fell to 3 %, or to the tolerance."""
+    residual = -(u @ matrix) * free
+    step, square = residual, residual.square().sum(1, keepdim=True)
+    enough = (9e-4 * square.max()).clamp(min=tolerance**2 / 16)
+    smallest = torch.finfo(u.dtype).tiny
+    for _ in range(40):
+        if square.max() <= enough:
+            break
+        made = (step @ matrix) * free
+        length = square / (step * made).sum(1, keepdim=True).clamp(min=smallest)
+        u, residual = torch.addcmul(u, length, step), torch.addcmul(residual, length, made, value=-1)
+        last, square = square, residual.square().sum(1, keepdim=True)
+        step = torch.addcmul(residual, square / last.clamp(min=smallest), step)
+    return u

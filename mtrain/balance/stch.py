@@ -14,7 +14,7 @@ from mtrain.balance.common import LOSS_FLOOR, require
 class STCH(Balancer):
     """w_t = A softmax_t(y_t / mu) dy_t/dL_t over the A active tasks: the gradient of A mu log(sum exp(y_t / mu)).
 
-    Lin et al. 2024, arXiv:2402.19078, equation 12, with y_t = (L_t - ideal) / reference_t, or its logarithm, which their code
+    Lin et al. 2024, arXiv:2402.19078, with y_t = (L_t - ideal) / reference_t, or its logarithm, which their code
     for multi-task learning takes (`log`, the default). reference_t is the task's mean of L_t - ideal over its warm-up; until
     that ends the task has w_t = 1 / (L_t - ideal), the gradient of the sum of logarithms, as in their code.
 

@@ -38,8 +38,8 @@ class Uncertainty(Learned):
 
     def weights(self, seen: Seen) -> Tensor:
         task_A = seen.task_A
-        factor_A = torch.where(self.facts.regression_T[task_A], 0.5, 1.0)
-        weight_A = factor_A * torch.exp(-self._values(task_A))
+        s_A = self._values(task_A)
+        weight_A = torch.where(self.facts.regression_T[task_A], 0.5, 1.0) * torch.exp(-s_A)
         slope_A = (0.5 - weight_A * seen.loss_A.clamp_min(LOSS_FLOOR)).clamp_min(-STEEPEST)
-        self._descend(task_A, self.facts.num_tasks * self.facts.share_T[task_A] * slope_A)
+        self._descend(task_A, s_A, self.facts.num_tasks * self.facts.share_T[task_A] * slope_A)
         return weight_A

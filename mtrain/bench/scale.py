@@ -71,7 +71,7 @@ class Case:
     hidden: int = 64
     batch: int = 1024
     rows: int = 20_000
-    steps: int = 9
+    steps: int = 7
 
 
 CASES = [

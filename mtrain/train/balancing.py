@@ -231,6 +231,18 @@ class Balancing:
         self.gram_TT[at] = gram_AA
         return gram_AA.diagonal(), gram_AA
 
+    def summary(self) -> dict[str, float]:
+        """For the curve: how weights spread over tasks (none where all are equal), and the error of a projected Gram matrix."""
+        levels = torch.tensor([0.0, 0.1, 0.5, 0.9, 1.0], device=self.weight_T.device)
+        values = self.weight_T.quantile(levels).tolist()
+        if values[0] == values[-1]:
+            return {}
+        names = ("min", "p10", "median", "p90", "max")
+        found = {f"weight_{name}": value for name, value in zip(names, values, strict=True)}
+        if self.gradients is not None and self.gradients.error is not None:
+            found["gram_error"] = self.gradients.error
+        return found
+
     def state_dict(self) -> dict[str, Any]:
         own = {"weight_T": self.weight_T, "norm2_T": self.norm2_T, "gram_TT": self.gram_TT}
         return {**own, "balancer": self.balancer.state_dict()}

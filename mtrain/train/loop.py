@@ -301,7 +301,9 @@ class Trainer:
             self.console.print(f"init_from: trunk and {len(self.taken)} heads taken over, heads that start fresh: {fresh}")
         if state is not None:
             vars(self.selection).update(state["selection"])
-            if set(state["tasks"]) != set(self.tasks.names):  # an earlier checkpoint has no heads of the new ones
+            there = self.world.from_first(self.selection.step in self.run_dir.checkpoints.steps())
+            if set(state["tasks"]) != set(self.tasks.names) or not there:
+                # what was selected has no heads of new tasks, or is in another run directory: select anew
                 self.selection.value, self.selection.misses = math.nan, 0
             self.seconds, self.rows, self.run_id = state["seconds"], state["rows"], state["run_id"]
             self.waited, self.in_steps = state["waited"], state["in_steps"]
@@ -357,7 +359,9 @@ class Trainer:
             left_out = list(phase.loader.dropped)
             without = f" without {len(left_out)} tasks that are left out: {some(left_out)}" if left_out else ""
             self._print(f"continuing at step {step} of {phase.stop_step}{without}")
-        self.run_dir.cut_log(phase.offset + step)
+        for line in self.run_dir.cut_log(phase.offset + step):
+            if start is not None:  # a tracker may have lost what it had not written yet when a process was killed
+                self.tracker.log({k: v for k, v in line.items() if isinstance(v, int | float)}, line["step"])
         evaluates = phase.name == "fit" and "valid" in self.prepared.parts
         title = {"fit": "training", "refit": "refitting"}[phase.name]
         metric = f"{select.reduce} {select.metric}" if evaluates else ""
@@ -456,6 +460,7 @@ class Trainer:
             "rows_per_second": totals.rows / totals.seconds if totals.seconds else 0.0,
             "data_wait": totals.waited / totals.seconds if totals.seconds else 0.0,
         }
+        line |= self.stepper.balancing.summary()
         self.rows += totals.rows
         self.waited, self.in_steps = self.waited + totals.waited, self.in_steps + totals.seconds
         bad_task_steps, num_bad = int(totals.bad_T.max()), int((totals.bad_T > 0).sum())

@@ -194,13 +194,15 @@ class RunDir:
                     return
             self._lines = b""
 
-    def cut_log(self, step: int) -> None:
-        """Forget the lines after a step, and a line that was cut short: a resumed run writes them again."""
+    def cut_log(self, step: int) -> list[dict[str, Any]]:
+        """Forget the lines after a step, and a line that was cut short: a resumed run writes them again. Returns the others."""
         path = self.path / "metrics.jsonl"
-        if path.is_file() and self.writes:
-            whole = path.read_text().split("\n")[:-1]
-            kept = [line for line in whole if json.loads(line)["step"] <= step]
-            self._write_text("metrics.jsonl", "".join(line + "\n" for line in kept))
+        if not (path.is_file() and self.writes):
+            return []
+        whole = [(line, json.loads(line)) for line in path.read_text().split("\n")[:-1]]
+        kept = [(line, values) for line, values in whole if values["step"] <= step]
+        self._write_text("metrics.jsonl", "".join(f"{line}\n" for line, _ in kept))
+        return [values for _, values in kept]
 
     def _write_text(self, name: str, text: str) -> None:
         if not self.writes:

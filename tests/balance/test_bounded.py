@@ -1,4 +1,5 @@
 import math
+from random import Random
 
 import pytest
 import torch
@@ -42,14 +43,19 @@ SYMMETRIC = {
 ALL = SYMMETRIC | {"rlw": RLW, "static": lambda: Static(weights={"task0": 5.0})}
 T = 7
 
-ANY = st.one_of(st.floats(0, 1e15), st.sampled_from([0.0, 1e-15, 1e15, math.nan, math.inf]))
-POSITIVE = st.floats(1e-3, 1e3)
+SPECIAL = [0.0, 1e-15, 1.0, 2.0, 1e15, math.nan, math.inf]
 
 
-def steps(value, most=8):
-    """Some steps: active tasks, with a loss, a squared norm and a loss after the step each."""
-    numbers = st.lists(st.tuples(value, value, value), min_size=T, max_size=T)
-    return st.lists(st.tuples(st.sets(st.integers(0, T - 1), min_size=1), numbers), min_size=1, max_size=most)
+def steps(seed, low=-15.0, high=15.0, special=SPECIAL, count=5):
+    """Some steps: the active tasks, and of every task a loss, a squared norm and a loss after the step."""
+    random = Random(seed)
+
+    def value():
+        return random.choice(special) if random.random() < 0.3 else 10 ** random.uniform(low, high)
+
+    for step in range(count):
+        active = random.sample(range(T), random.randint(1, T))
+        yield step, active, [(value(), value(), value()) for _ in range(T)]
 
 
 def show(balancer, step, active, numbers, order=None):
@@ -65,12 +71,12 @@ def show(balancer, step, active, numbers, order=None):
 
 
 @pytest.mark.parametrize("name", ALL)
-@settings(max_examples=25, deadline=None)
-@given(run=steps(ANY), low=st.floats(0, 1), high=st.floats(1, 1e6))
-def test_weights_are_finite_and_bounded_whatever_is_seen(name, run, low, high):
+@settings(max_examples=20, deadline=None)
+@given(seed=st.integers(0, 2**32), low=st.floats(1e-6, 1), high=st.floats(1, 1e6))
+def test_weights_are_finite_and_bounded_whatever_is_seen(name, seed, low, high):
     bare = begun(Bounded(ALL[name]()), T)
     bounded = begun(Bounded(ALL[name](), min=low, max=high, normalize=True), T)
-    for step, (active, numbers) in enumerate(run):
+    for step, active, numbers in steps(seed):
         weights = show(bare, step, active, numbers)
         assert all(math.isfinite(weight) and weight >= 0 for weight in weights.values())
         weights = list(show(bounded, step, active, numbers).values())
@@ -81,11 +87,11 @@ def test_weights_are_finite_and_bounded_whatever_is_seen(name, run, low, high):
 
 
 @pytest.mark.parametrize("name", ALL)
-@settings(max_examples=15, deadline=None)
-@given(run=steps(ANY))
-def test_absent_tasks_keep_their_state_bit_by_bit(name, run):
+@settings(max_examples=10, deadline=None)
+@given(seed=st.integers(0, 2**32))
+def test_absent_tasks_keep_their_state_bit_by_bit(name, seed):
     balancer = begun(Bounded(ALL[name]()), T)
-    for step, (active, numbers) in enumerate(run):
+    for step, active, numbers in steps(seed):
         before = {key: value.clone() for key, value in balancer.state_dict().items()}
         show(balancer, step, active, numbers)
         absent = [t for t in range(T) if t not in active]
@@ -93,15 +99,15 @@ def test_absent_tasks_keep_their_state_bit_by_bit(name, run):
 
 
 @pytest.mark.parametrize("name", SYMMETRIC)
-@settings(max_examples=15, deadline=None)
-@given(run=steps(POSITIVE), order=st.permutations(range(T)))
-def test_the_order_of_tasks_does_not_matter(name, run, order):
+@settings(max_examples=10, deadline=None)
+@given(seed=st.integers(0, 2**32), order=st.permutations(range(T)))
+def test_the_order_of_tasks_does_not_matter(name, seed, order):
     one, other = (Bounded(SYMMETRIC[name](), min=0.01, max=100.0) for _ in range(2))
     regression, share = torch.arange(T) % 2 == 0, torch.arange(1.0, T + 1)
     back = torch.argsort(torch.tensor(order))
     begun(one, T, regression=regression, share=share)
     begun(other, T, regression=regression[back], share=share[back])
-    for step, (active, numbers) in enumerate(run):
+    for step, active, numbers in steps(seed, -3, 3, [1.0, 2.0]):
         weights, moved = show(one, step, active, numbers), show(other, step, active, numbers, order)
         assert moved == pytest.approx(weights, rel=1e-3)
 

@@ -169,8 +169,9 @@ def test_pairs_equal_a_backward_per_task(hidden, missing):
         (grad_PO,) = torch.autograd.grad(p.loss(logits, p.y_BT[row_P, task_P], p.weight_BT[row_P, task_P]).sum(), logits)
         sums = task_gradients(routed_factors(x_BI, grad_PO, task_P, 30, row_P))
         weight = torch.zeros(30, width, WIDTH).double()
-        for t, (weights, _) in enumerate(p.bank._heads()):
-            weight[t, : len(weights[0])] = weights[0].detach()
+        for t, head in enumerate(p.bank.to_modules().values()):
+            assert isinstance(head, nn.Linear)
+            weight[t, : head.out_features] = head.weight.detach()
         assert_same(gram(grid_factors(sums, weight)), g @ g.T)
 
 

@@ -27,8 +27,9 @@ class Toy:
 
     def norms(self, loss_T, weight_T, **kwargs):
         """One backward for each task at the shared layer."""
-        terms = [torch.autograd.grad(w * loss, self.shared, retain_graph=True, **kwargs) for w, loss in zip(weight_T, loss_T)]
-        return torch.stack([grad.norm() for (grad,) in terms])
+        terms_T = weight_T * loss_T
+        grads = [torch.autograd.grad(term, self.shared, retain_graph=True, **kwargs)[0] for term in terms_T]
+        return torch.stack([grad.norm() for grad in grads])
 
     def step(self, loss_T, weight_T, lr=0.05):
         total = (weight_T.double() * loss_T).mean()

@@ -347,9 +347,9 @@ class Rank(World):
 
     def gather_objects(self, value):
         self.given[self.rank] = value
-        self.meeting.wait(30)
+        self.meeting.wait(60)
         every = list(self.given)
-        self.meeting.wait(30)
+        self.meeting.wait(60)
         return every
 
 

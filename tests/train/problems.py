@@ -10,6 +10,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from mtrain.balance import Equal
+from mtrain.balance.base import Facts
 from mtrain.config import HeadConfig, ObjectiveConfig, TargetsConfig, TrainConfig, check_config
 from mtrain.data.batch import Batch, Pairs
 from mtrain.data.statistics import with_statistics
@@ -18,8 +20,9 @@ from mtrain.model.kinds import Binary, Multiclass, Poisson, Quantile, Regression
 from mtrain.parallel.shard import Shard
 from mtrain.parallel.world import World
 from mtrain.tasks import Task, TaskTable
+from mtrain.train.balancing import Balancing, NeckGradients
 from mtrain.train.objective import Objective, coefficients
-from mtrain.train.step import Stepper, count
+from mtrain.train.step import Stepper, Totals, count
 
 KINDS = [
     Regression(),
@@ -144,11 +147,6 @@ class Recorder:
             p.grad = None
 
 
-class Ones:
-    def weights(self, loss_T, active_T):
-        return torch.ones_like(loss_T)
-
-
 def fake_accelerator(mixed_precision="no"):
     return SimpleNamespace(autocast=nullcontext, no_sync=lambda model: nullcontext(), mixed_precision=mixed_precision)
 
@@ -159,24 +157,44 @@ def make_bank(tasks, hidden=(), **options):
 
 
 def make_stepper(
-    tasks, bank, model, trunk_optimizer, head_optimizer, config=None, sampling_T=None, balancer=None, precision="no", **train
+    tasks,
+    bank,
+    model,
+    trunk_optimizer,
+    head_optimizer,
+    config=None,
+    sampling_T=None,
+    balancer=None,
+    precision="no",
+    grid=False,
+    **train,
 ):
     config = config or ObjectiveConfig()
     head = HeadConfig(**{k: train.pop(k) for k in list(train) if k.startswith("toward")})
+    shard, device = Shard.replicated(World(), tasks.names), torch.device("cpu")
+    share_T = torch.full((len(tasks),), 1 / len(tasks))
+    balancer, gradients = balancer or Equal(), None
+    if balancer.needs != "losses":
+        gradients = NeckGradients("balancer", balancer, model, bank, shard, grid, config.balancing)
+    facts = Facts(tasks.names, torch.zeros(len(tasks), dtype=torch.bool), share_T, device)
     return Stepper(
         fake_accelerator(precision),
         model,
         bank,
-        Shard.replicated(World(), tasks.names),
+        shard,
         Objective(tasks, bank, torch.device("cpu")),
         torch.tensor(coefficients(tasks, config, sampling_T), dtype=torch.float32),
-        balancer or Ones(),
+        Balancing(balancer, facts, config.balancing, gradients, shard),
         trunk_optimizer,
         head_optimizer,
         TrainConfig(**train),
         head,
         tasks.stats["train_labels"],
     )
+
+
+def totals_of(tasks):
+    return Totals(len(tasks), torch.device("cpu"))
 
 
 def run_step(stepper, batch, step, totals, pieces=1):

@@ -19,21 +19,19 @@ from problems import (
     naive_objective,
     rows_as_inputs,
     run_step,
+    totals_of,
 )
 from torch import nn
 
+from mtrain.balance.base import Balancer
 from mtrain.config import ObjectiveConfig
 from mtrain.data.batch import Batch, Grid, Pairs
 from mtrain.model.kinds import Binary, Kind, Poisson, Regression
 from mtrain.train.objective import Objective, coefficients, expected_share, pieces, routes
 from mtrain.train.optim import HeadAdamW
-from mtrain.train.step import LossScale, Totals
+from mtrain.train.step import LossScale
 
 LAYOUTS = ["grid", "pairs", "routed"]
-
-
-def totals_of(tasks):
-    return Totals(len(tasks), torch.device("cpu"))
 
 
 def recorded(tasks, bank, batch, pieces=1, **options):
@@ -129,10 +127,10 @@ def test_a_balancers_weights_scale_the_losses_and_see_mean_losses_of_present_tas
     weight_T = torch.from_numpy(rng.random(len(tasks))).float()
     seen = {}
 
-    class Fixed:
-        def weights(self, loss_T, active_T):
-            seen.update(loss=loss_T.clone(), active=active_T.clone())
-            return weight_T
+    class Fixed(Balancer):
+        def weights(self, step):
+            seen.update(zip(step.task_A.tolist(), zip(step.loss_A.tolist(), step.count_A.tolist(), strict=True), strict=True))
+            return weight_T[step.task_A]
 
     totals, model, grad_z, _ = recorded(tasks, bank, batch, balancer=Fixed())
     modules, z = bank.to_modules().double(), model.z.detach().double().requires_grad_()
@@ -143,8 +141,9 @@ def test_a_balancers_weights_scale_the_losses_and_see_mean_losses_of_present_tas
     labels, plain = batch.labels.pairs(), ObjectiveConfig(scale="none")
     for t in range(len(tasks)):
         at = labels.task_P == t
-        assert bool(seen["active"][t]) == bool(at.any())
+        assert (t in seen) == bool(at.any())
         if at.any():
+            assert seen[t][1] == at.sum()
             own = Batch(
                 batch.x_BF,
                 batch.row_B,
@@ -152,7 +151,7 @@ def test_a_balancers_weights_scale_the_losses_and_see_mean_losses_of_present_tas
             )
             total = naive_objective(tasks, modules, z, own, plain, num_labels=1) / tasks[t].weight
             mean = total / labels.weight_P[at].sum()
-            assert float(seen["loss"][t]) == pytest.approx(mean.item(), rel=1e-4)
+            assert seen[t][0] == pytest.approx(mean.item(), rel=1e-4)
 
 
 def test_weights_of_an_accumulated_window_come_from_the_window_before():
@@ -160,10 +159,10 @@ def test_weights_of_an_accumulated_window_come_from_the_window_before():
     tasks = make_tasks(rng)
     model, seen = Rows(24), []
 
-    class Counting:
-        def weights(self, loss_T, active_T):
-            seen.append(loss_T.nansum())
-            return torch.full_like(loss_T, float(len(seen) + 1))
+    class Counting(Balancer):
+        def weights(self, step):
+            seen.append(step.step)
+            return torch.full_like(step.loss_A, float(len(seen) + 1))
 
     stepper = make_stepper(tasks, make_bank(tasks), model, Recorder(model), Recorder(), balancer=Counting())
     batch = rows_as_inputs(make_batch(rng, tasks, "grid"))
