@@ -172,6 +172,10 @@ def _start(run: RunDir, tasks: TaskTable, resume: str, console: Console) -> Save
     run.check_kinds(tasks)
     if resume == "auto":
         start = run.checkpoints.newest()
+        if start is None and run.checkpoints.refused:
+            raise UserError(
+                f"{run.checkpoints.refused[0]}; there is no whole one before it: remove {run.checkpoints.folder} to begin anew"
+            )
         for line in run.checkpoints.refused:
             console.print(f"{line}; it is not used", highlight=False, soft_wrap=True, markup=False)
     else:

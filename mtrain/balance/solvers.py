@@ -208,35 +208,37 @@ def cone_minimum(matrix: Tensor, tolerance: float, rounds: int = 24) -> Tensor:
         tolerance: of the residual max |min(u - e_i, M u)|, which is 0 at the solution.
     """
     bound = torch.eye(len(matrix), dtype=matrix.dtype, device=matrix.device)
-    best, least = bound, torch.full_like(matrix[0], torch.inf)
+    best, least = bound.clone(), torch.full_like(matrix[0], torch.inf)
 
-    def rule(task: int, old: Tensor, inner: Tensor) -> Tensor:
-        new = (old - inner).clamp_(min=0)
-        new[task].clamp_(min=1)
-        return new
-
+    unsolved = torch.arange(len(matrix), device=matrix.device)
     u = bound
     for i in range(rounds):
         if i % 6 == 0:
-            columns = best.T.contiguous()
+            columns = best[unsolved].T.contiguous()
+            own = bound[unsolved].T.contiguous()
+
+            def rule(task: int, old: Tensor, inner: Tensor, own: Tensor = own) -> Tensor:
+                return torch.maximum(old - inner, own[task])
+
             sweep(matrix, columns, rule)
             sweep(matrix, columns, rule)
             u = columns.T.contiguous()
-        slope = u @ matrix
-        free = u - slope > bound
-        u = _conjugate_gradients(matrix, torch.where(free, u, bound), free.to(u.dtype), tolerance)
-        feasible = torch.maximum(u, bound)
-        off = cone_residual(matrix, feasible)
-        better = off < least
-        best, least = torch.where(better[:, None], feasible, best), torch.where(better, off, least)
-        if least.max() <= tolerance:
+        mine = bound[unsolved]
+        free = u - u @ matrix > mine
+        u = _conjugate_gradients(matrix, torch.where(free, u, mine), free.to(u.dtype), tolerance)
+        feasible = torch.maximum(u, mine)
+        off = cone_residual(matrix, feasible, mine)
+        better = off < least[unsolved]
+        best[unsolved[better]], least[unsolved[better]] = feasible[better], off[better]
+        wrong = least[unsolved] > tolerance
+        unsolved, u = unsolved[wrong], u[wrong]
+        if not len(unsolved):
             break
     return best
 
 
-def cone_residual(matrix: Tensor, u: Tensor) -> Tensor:
-    """max |min(u - e_i, M u)| of each row i `[A]`: how far it is from its solution."""
-    bound = torch.eye(len(matrix), dtype=matrix.dtype, device=matrix.device)
+def cone_residual(matrix: Tensor, u: Tensor, bound: Tensor) -> Tensor:
+    """max |min(u - bound, M u)| of each row: how far it is from its solution."""
     return torch.minimum(u - bound, u @ matrix).abs().amax(1)
 
 

@@ -401,6 +401,8 @@ class Trainer:
                     self._save(phase, step, totals, last)
                 if stop:
                     self._leave(phase.offset + step, self.asked() or interrupted())
+            if any(self.world.sum_numbers(bool(self.asked() or interrupted()))):  # a signal came in the last step or evaluation
+                self._leave(phase.offset + step, self.asked() or interrupted())
         if (failure := checkpoints.finish()) is not None:
             raise UserError(f"{failure}; free space and start again")
         if left_out := list(phase.loader.dropped):

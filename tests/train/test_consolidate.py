@@ -104,7 +104,7 @@ def test_eval_and_init_from_take_the_new_run_directory_and_train_says_why_it_doe
     assert mtrain("train", folder / "c.yaml", "--train.epochs", 1, "--init_from", back, "--run_dir", tmp_path / "new") == 0
     assert "trunk and 6 heads taken over" in capsys.readouterr().out
     assert mtrain("train", folder / "c.yaml", "--train.epochs", 3, "--run_dir", back) == 2
-    assert "cannot be continued; train a new run with --init_from" in capsys.readouterr().err
+    assert "cannot be continued; train another run with --init_from" in capsys.readouterr().err
 
 
 def test_of_several_split_seeds_one_must_be_named(tmp_path, capsys):
