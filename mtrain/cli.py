@@ -19,7 +19,7 @@ from mtrain.errors import UserError
 from mtrain.train.stop import Preempted, stop_signals
 
 SAID_ONCE = 1.0  # seconds in which a launcher ends the other processes, where rank 0 makes the same mistake
-BENCHES = ("heads", "step", "stream", "scale", "checkpoint")
+BENCHES = ("heads", "step", "stream", "scale", "checkpoint", "balance")
 
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:
@@ -92,7 +92,7 @@ def _run(argv: list[str], asked: Callable[[], int | None]) -> None:
     bench = command("bench", "Measure, and write the figures as JSON.")
     bench.add_argument("name", choices=list(BENCHES))
     bench.add_argument("--json", type=Path, help="file for the figures")
-    bench.add_argument("--case", action="append", help="heads: only this case (repeatable)")
+    bench.add_argument("--case", action="append", help="only this case (repeatable; not of step and stream)")
 
     arguments, rest = parser.parse_known_args(argv)
     with_config = arguments.command in ("train", "tasks", "partition", "plan")
@@ -137,7 +137,7 @@ def _run(argv: list[str], asked: Callable[[], int | None]) -> None:
 
 def _bench(arguments: argparse.Namespace) -> None:
     module = importlib.import_module(f"mtrain.bench.{arguments.name}")
-    options = [arguments.case] if arguments.name == "heads" else []
+    options = [arguments.case] if arguments.name in ("heads", "scale", "checkpoint", "balance") else []
     module.run(arguments.json, *options)
 
 

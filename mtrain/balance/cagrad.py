@@ -22,7 +22,7 @@ class CAGrad(Balancer):
             has c < 1, its experiments 0.2 to 0.5.
 
     Deviations: as in the authors' code |g_w|^2 has 1e-8 of the mean squared norm added, so that w is continuous where g_w
-    vanishes; d is not divided by 1 + c^2 as there. The minimum is found by an interior-point method, to 1e-12 |g_0|^2.
+    vanishes; d is not divided by 1 + c^2 as there. The minimum is found by an interior-point method, to 1e-10 |g_0|^2.
     """
 
     needs: ClassVar[Need] = "gram"
@@ -49,5 +49,5 @@ class CAGrad(Balancer):
             unit = gram @ w / length(w)
             return with_mean + radius * unit, radius / length(w) * (gram - torch.outer(unit, unit))
 
-        w = simplex_minimum(model, mean, lambda w, gap: gap <= 1e-12 * square)
+        w = simplex_minimum(model, mean, lambda w, gap: gap <= 1e-10 * square)
         return mean + radius / length(w) * w

@@ -41,7 +41,7 @@ class GradVac(Balancer):
             facts.num_tasks <= MOST_TASKS,
             "balancer gradvac: tasks",
             facts.num_tasks,
-            f"at most {MOST_TASKS}; pcgrad has no limit",
+            f"at most {MOST_TASKS}; pcgrad keeps no pairs",
         )
         self.cosine_TT = torch.zeros(facts.num_tasks, facts.num_tasks, device=facts.device)
 

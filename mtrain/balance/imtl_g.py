@@ -31,4 +31,5 @@ def equal_projections(gram: Tensor) -> Tensor:
     value, vector = eigen(cosine)
     w = vector @ (vector.sum(0) / value) / norm
     total = w.sum().abs()
-    return torch.where(total > 1e-9 * w.abs().sum(), w / total, 1 / len(w))
+    rounding = 1e-7 * torch.maximum(w.abs().sum(), (1 / norm).sum() / value[-1])
+    return torch.where(total > rounding, w / total, 1 / len(w))

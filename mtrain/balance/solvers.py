@@ -199,9 +199,10 @@ def gram_of(gram_AA: Tensor | None) -> Tensor:
 def cone_minimum(matrix: Tensor, tolerance: float, rounds: int = 24) -> Tensor:
     """For each task i the u that makes u^T M u least over u >= e_i: `[A, A]`, one a row.
 
-    All rows at once. Two coordinate descents, then semismooth Newton steps (Hintermueller, Ito and Kunisch 2002, primal-dual
+    All rows at once. Two sweeps of coordinate descent, then semismooth Newton steps (Hintermueller, Ito and Kunisch 2002, primal-dual
     active sets): guess which bounds hold, and solve for the other coefficients by conjugate gradients, a matrix product an
-    iteration. Each row keeps its best iterate; descents are repeated where the guesses do not settle.
+    iteration. Each row keeps its lowest iterate; where the
+    guesses do not settle, longer descents go on from there.
 
     Args:
         matrix: positive definite, with a diagonal of 1.
@@ -209,27 +210,33 @@ def cone_minimum(matrix: Tensor, tolerance: float, rounds: int = 24) -> Tensor:
     """
     bound = torch.eye(len(matrix), dtype=matrix.dtype, device=matrix.device)
     best, least = bound.clone(), torch.full_like(matrix[0], torch.inf)
+    lowest = torch.full_like(least, torch.inf)
+
+    def keep(found: Tensor) -> None:
+        """Of the unsolved rows those that are solved now, or lower than before: from there a descent never goes back."""
+        slope = found @ matrix
+        off, value = torch.minimum(found - bound[unsolved], slope).abs().amax(1), (slope * found).sum(1)
+        better = (off <= tolerance) | (value < lowest[unsolved])
+        rows = unsolved[better]
+        best[rows], least[rows], lowest[rows] = found[better], off[better], value[better]
 
     unsolved = torch.arange(len(matrix), device=matrix.device)
     u = bound
     for i in range(rounds):
+        own = bound[unsolved]
         if i % 6 == 0:
-            columns = best[unsolved].T.contiguous()
-            own = bound[unsolved].T.contiguous()
+            columns, floor = best[unsolved].T.contiguous(), own.T.contiguous()
 
-            def rule(task: int, old: Tensor, inner: Tensor, own: Tensor = own) -> Tensor:
-                return torch.maximum(old - inner, own[task])
+            def descend(task: int, old: Tensor, inner: Tensor, floor: Tensor = floor) -> Tensor:
+                return torch.maximum(old - inner, floor[task])
 
-            sweep(matrix, columns, rule)
-            sweep(matrix, columns, rule)
+            for _ in range(2 << (i // 6)):
+                sweep(matrix, columns, descend)
             u = columns.T.contiguous()
-        mine = bound[unsolved]
-        free = u - u @ matrix > mine
-        u = _conjugate_gradients(matrix, torch.where(free, u, mine), free.to(u.dtype), tolerance)
-        feasible = torch.maximum(u, mine)
-        off = cone_residual(matrix, feasible, mine)
-        better = off < least[unsolved]
-        best[unsolved[better]], least[unsolved[better]] = feasible[better], off[better]
+            keep(u)
+        free = u - u @ matrix > own
+        u = _conjugate_gradients(matrix, torch.where(free, u, own), free.to(u.dtype), tolerance)
+        keep(torch.maximum(u, own))
         wrong = least[unsolved] > tolerance
         unsolved, u = unsolved[wrong], u[wrong]
         if not len(unsolved):

@@ -1,0 +1,179 @@
+"""`mtrain bench balance`: what each balancing method adds to a step, and what a backward for each task would cost.
+
+The trainer's own step on random data, one trainer a method, taking turns; medians in one run. `overhead` is a method's step
+over that of `equal`, less 1; `naive_ratio` is the time of a backward for each task down to the neck only (timed on a sample of
+tasks and scaled) over the time that the method adds; `weights_ms` is the balancer alone, from ready statistics to weights.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import pyarrow.parquet as pq
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from mtrain.balance import BALANCERS
+from mtrain.balance.base import Balancer, Seen
+from mtrain.bench.scale import Case, make_config, make_table
+from mtrain.config import check_config
+from mtrain.data.loader import Loader
+from mtrain.data.prepare import Prepared, prepare, read_source
+from mtrain.errors import UserError, nearest
+from mtrain.parallel.world import World
+from mtrain.parallel.wrap import make_accelerator
+from mtrain.train.loop import Trainer, build_loader
+from mtrain.train.objective import pieces, routes
+from mtrain.train.run_dir import RunDir
+from mtrain.train.step import Totals, count
+from mtrain.train.tracker import NoTracker
+
+SAMPLE = 10  # tasks whose backward is timed
+
+
+@dataclass(frozen=True)
+class Setting:
+    name: str
+    case: Case
+    hidden: list[int]
+
+
+CASES = [
+    Setting("routed", Case("routed", "routed", steps=7), []),
+    Setting("grid-linear", Case("grid", "grid", rows=2048, steps=5), []),
+    Setting("grid-hidden", Case("grid", "grid", rows=2048, steps=3), [16]),
+]
+
+
+class Timed(Balancer):
+    """A balancer, and the seconds of its last call."""
+
+    def __init__(self, inner: Balancer):
+        self.inner, self.seconds = inner, 0.0
+        self.needs, self.second_forward = inner.needs, inner.second_forward  # type: ignore[misc]
+
+    def weights(self, seen: Seen) -> torch.Tensor:
+        start = time.perf_counter()
+        found = self.inner.weights(seen)
+        _wait(found.device)
+        self.seconds = time.perf_counter() - start
+        return found
+
+    def after(self, seen: Seen) -> None:
+        self.inner.after(seen)
+
+
+def make_trainer(setting: Setting, data: Prepared, method: str, path: Path) -> tuple[Trainer, Loader, Timed]:
+    base = make_config(setting.case, path).model_dump(mode="json")
+    base["model"] |= {"neck": setting.case.width, "head": {"hidden": setting.hidden}}
+    base["objective"]["balancer"] = method
+    config = check_config(base, "bench balance")
+    accelerator, world = make_accelerator(config), World()
+    trainer = Trainer(data, config, RunDir(path.parent / "run"), accelerator, world, NoTracker(), Console(quiet=True))
+    bounded = trainer.stepper.balancing.balancer
+    bounded.balancer = timed = Timed(bounded.balancer)
+    return trainer, build_loader(data, config, data.parts["train"], accelerator.device), timed
+
+
+def naive(trainer: Trainer, loader: Loader) -> float:
+    """Seconds of a backward for each task from its loss to the neck, scaled from a sample."""
+    (batch,) = loader.batch(0)
+    needed = routes(trainer.bank, batch.labels)
+    device = trainer.accelerator.device
+    batch = batch.to(device)
+    neck = trainer.shared.linear_neck
+    assert neck is not None
+    with torch.no_grad():
+        h_BD = trainer.shared.trunk(batch.x_BF)
+    found = list(pieces(trainer.bank, neck(h_BD), batch.labels, needed))
+    sums = [(piece, piece.sum(trainer.objective.losses(piece))) for piece in found]
+    sum_A = sums[0][1]
+    seconds = []
+    for a in range(SAMPLE):
+        _wait(device)
+        start = time.perf_counter()
+        torch.autograd.grad(sum_A[a], list(neck.parameters()), retain_graph=True)
+        _wait(device)
+        seconds.append(time.perf_counter() - start)
+    return median(seconds) * sum(len(piece.task_A) for piece, _ in sums)
+
+
+def measure(setting: Setting, methods: Sequence[str], path: Path) -> list[dict[str, Any]]:
+    source = read_source(make_config(setting.case, path))
+    data = prepare(source, 0)
+    contenders = {method: make_trainer(setting, data, method, path) for method in dict.fromkeys(["equal", *methods])}
+    seconds: dict[str, list[float]] = {method: [] for method in contenders}
+    weights: dict[str, list[float]] = {method: [] for method in contenders}
+    naive_seconds = naive(*contenders["equal"][:2])
+    for number in range(setting.case.steps + 1):
+        for method, (trainer, loader, timed) in contenders.items():
+            device = trainer.accelerator.device
+            batch, totals = loader.batch(number), Totals(len(data.tasks), device)
+            _wait(device)
+            start = time.perf_counter()
+            trainer.stepper(batch, number, totals, *count(batch))
+            _wait(device)
+            if number:  # the first one makes buffers
+                seconds[method].append(time.perf_counter() - start)
+                weights[method].append(timed.seconds)
+    results = []
+    for method in contenders:
+        extra = median(mine - plain for mine, plain in zip(seconds[method], seconds["equal"], strict=True))
+        gradients = contenders[method][0].stepper.balancing.gradients
+        results.append(
+            {
+                "bench": "balance",
+                "case": setting.name,
+                "method": method,
+                "device": trainer.accelerator.device.type,
+                "step_ms": median(seconds[method]) * 1e3,
+                "overhead": extra / median(seconds["equal"]),
+                "naive_ratio": naive_seconds / extra if gradients is not None and extra > 0 else None,
+                "weights_ms": median(weights[method]) * 1e3,
+                "gram_error": None if gradients is None else gradients.error,
+            }
+        )
+    return results
+
+
+def run(json_path: Path | None = None, cases: Sequence[str] | None = None) -> list[dict[str, Any]]:
+    """Measure all methods in the named cases (default: all); print a table, write `json_path`."""
+    known = {setting.name: setting for setting in CASES}
+    for name in cases or ():
+        if name not in known:
+            raise UserError(f"there is no case '{name}'{nearest(name, known)}")
+    results = []
+    for name in cases or known:
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "table.parquet"
+            pq.write_table(make_table(known[name].case), path)
+            methods = [method for method in BALANCERS if method != "static"]  # needs weights by task
+            results += measure(known[name], methods, path)
+    if json_path is not None:
+        json_path.write_text(json.dumps(results, indent=2) + "\n")
+    print_table(results)
+    return results
+
+
+def print_table(results: Sequence[dict[str, Any]]) -> None:
+    table = Table(title=f"balancing, 1000 tasks ({results[0]['device']})", box=None)
+    for title in ("case", "method", "step, ms", "added", "naive / added", "weights, ms"):
+        table.add_column(title, justify="left" if title in ("case", "method") else "right")
+    for result in results:
+        ratio = "" if result["naive_ratio"] is None else f"{result['naive_ratio']:,.0f}x"
+        added, alone = f"{result['overhead']:.1%}", f"{result['weights_ms']:.2f}"
+        table.add_row(result["case"], result["method"], f"{result['step_ms']:.0f}", added, ratio, alone)
+    Console().print(table)
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
