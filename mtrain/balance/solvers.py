@@ -199,10 +199,9 @@ def gram_of(gram_AA: Tensor | None) -> Tensor:
 def cone_minimum(matrix: Tensor, tolerance: float, rounds: int = 24) -> Tensor:
     """For each task i the u that makes u^T M u least over u >= e_i: `[A, A]`, one a row.
 
-    All rows at once. Two sweeps of coordinate descent, then semismooth Newton steps (Hintermueller, Ito and Kunisch 2002, primal-dual
-    active sets): guess which bounds hold, and solve for the other coefficients by conjugate gradients, a matrix product an
-    iteration. Each row keeps its lowest iterate; where the
-    guesses do not settle, longer descents go on from there.
+    All rows at once. Two sweeps of coordinate descent, then semismooth Newton steps (Hintermueller, Ito and Kunisch 2002,
+    primal-dual active sets): guess which bounds hold, and solve for the other coefficients by conjugate gradients, a matrix
+    product an iteration. Each row keeps its lowest iterate; where the guesses do not settle, longer descents go on from there.
 
     Args:
         matrix: positive definite, with a diagonal of 1.

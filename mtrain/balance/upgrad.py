@@ -22,7 +22,7 @@ class UPGrad(Balancer):
 
     Deviations: TorchJD solves A programs with an active-set solver; here all at once, until the residual
     |min(v - e_i, (G + ridge) v)|, in units of the gradients' lengths, is below 1e-9 (1e-4 above 256 tasks, where float32 is
-    used); with a ridge of 1e-6 a thousand tasks may stop at 2e-3, the bound on iterations.
+    used). Iterations are bounded: with a ridge of 1e-5 or less the programs of single tasks may end at 0.1.
     """
 
     needs: ClassVar[Need] = "gram"

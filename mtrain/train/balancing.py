@@ -202,7 +202,7 @@ class Balancing:
             norm2_A, gram_AA = self._smooth(task_A, norm2_A, gram_AA)
         weight_A = self.balancer.weights(Seen(step, task_A, loss_T[task_A], count_T[task_A], norm2_A, gram_AA))
         weight_T = self.weight_T.index_copy(0, task_A, weight_A.to(self.weight_T))
-        if self.shard.world.size > 1:  # so that machines that round differently agree
+        if self.gradients is not None and self.shard.world.size > 1:  # machines that round differently agree
             weight_T = self.shard.world.sum(weight_T if self.shard.world.is_first else torch.zeros_like(weight_T))
         self.weight_T = weight_T
 

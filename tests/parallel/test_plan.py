@@ -333,11 +333,11 @@ def test_a_step_at_the_owners_sends_the_trunks_gradients_and_the_losses():
     work = workload([10] * 8, [65] * 8)
     plan = make_plan(work, 4)
     assert plan.mode == "owners"
-    assert sent(plan, work) == {"trunk gradients": 6000, "losses": 1.5 * 4 * 25, "control": 48}
+    assert sent(plan, work) == {"trunk gradients": 6000, "losses": 1.5 * 4 * 33, "control": 48}
     assert sent(plan, work, fsdp=True) == {
         "trunk parameters": 6000,
         "trunk gradients": 3000,
-        "losses": 1.5 * 4 * 25,
+        "losses": 1.5 * 4 * 33,
         "control": 48,
     }
     assert plain_ddp(work).sent(4) == 1.5 * 4 * (1000 + 8 * 65)

@@ -113,7 +113,7 @@ def test_a_config_is_planned_from_its_data(config_path):
     # shares of 10, 20, .. 50 rows of 150; t4 alone, t3 with t0, t2 with t1
     assert cells(text, "0 ") == ["1", "31", "248", "B", "496", "B", "10.0", "10.0", "1.00"]
     assert cells(text, "1 ") == ["2", "62", "496", "B", "992", "B", "10.0", "10.0", "1.00"]
-    assert cells(text, "losses") == ["all-reduce", "85.3", "B", "8.9%"]
+    assert cells(text, "losses") == ["all-reduce", "112", "B", "11.7%"]
     assert cells(text, "plain DDP of trunk and all heads") == ["all-reduce", "955", "B"]
 
 
