@@ -335,6 +335,7 @@ def check_alike_so_far(straight, run):
             assert line["loss"] == pytest.approx(loss[line["step"]], rel=1e-5)
 
 
+@pytest.mark.slow
 def test_a_run_that_was_killed_ends_on_the_undisturbed_curve(straight, tmp_path):
     kill_often(tmp_path, 1, straight(**LARGE))
 

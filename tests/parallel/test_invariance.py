@@ -113,7 +113,7 @@ def check_alike(one, several):
 
 
 @pytest.mark.parametrize("case", QUICK)
-@pytest.mark.parametrize("processes", [2, 4])
+@pytest.mark.parametrize("processes", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_curves_and_weights_do_not_depend_on_the_number_of_processes(trained, case, processes):
     several = trained(processes, tuple(QUICK)) / case
     plain = tuple(dict.fromkeys(name.removesuffix("-fsdp") for name in QUICK))
