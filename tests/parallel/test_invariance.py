@@ -12,6 +12,7 @@ import pandas as pd
 import pytest
 import torch
 
+from mtrain.balance import BALANCERS
 from mtrain.model.heads import HeadBank
 from mtrain.train.checkpoint import Checkpoints
 
@@ -19,12 +20,18 @@ WORKER = Path(__file__).with_name("worker.py")
 QUICK = {
     "grid": "gather", "grid-accumulated": "gather", "pairs": "gather", "owners-accumulated": "owners", "hot-shared": "owners",
     "exchange": "exchange", "few": "owners", "grid-fsdp": "gather", "exchange-accumulated-fsdp": "exchange",
+    "grid-gradnorm": "gather", "owners-uncertainty": "owners", "exchange-upgrad": "exchange",
 }  # fmt: skip
 SLOW = {
     "grid-refit": "gather", "members": "gather", "owners": "owners", "owners-shared": "owners", "hot": "owners",
     "exchange-accumulated": "exchange", "owners-fsdp": "owners", "owners-accumulated-fsdp": "owners",
     "grid-refit-fsdp": "gather",
 }  # fmt: skip
+
+
+METHODS = sorted(set(BALANCERS) - {"equal", "static"})
+LAYOUTS = ("grid", "owners", "hot", "exchange")
+BALANCED = [f"{LAYOUTS[i % 4]}-{method}" for i, method in enumerate(METHODS)] + [f"{layout}-gradnorm" for layout in LAYOUTS]
 
 
 def write_tables(folder):
@@ -100,11 +107,11 @@ def weights(run):
     return found
 
 
-def check_alike(one, several):
+def check_alike(one, several, loss=1e-5):
     expected, found = curve(one), curve(several)
     assert expected.keys() == found.keys()
     for key, value in expected.items():
-        tolerance = 1e-5 if key[2] == "loss" else 1e-3
+        tolerance = loss if key[2] == "loss" else 1e-3
         assert found[key] == pytest.approx(value, rel=tolerance, abs=1e-6), key
     expected, found = weights(one), weights(several)
     assert expected.keys() == found.keys()
@@ -130,6 +137,14 @@ def test_nor_do_those_of_the_other_cases(trained, case, processes):
     several = trained(processes, tuple(SLOW)) / case
     plain = tuple(dict.fromkeys(name.removesuffix("-fsdp") for name in SLOW))
     check_alike(trained(1, plain) / case.removesuffix("-fsdp"), several)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", dict.fromkeys(BALANCED))
+def test_nor_do_those_of_any_balancer(trained, case):
+    cases = tuple(dict.fromkeys(BALANCED))
+    # famo looks at how much losses fell in a step, a small difference of large numbers
+    check_alike(trained(1, cases) / case, trained(3, cases) / case, 1e-3 if "famo" in case else 1e-5)
 
 
 @pytest.mark.slow
