@@ -60,7 +60,7 @@ class Shard:
 
     def local(self, value_T: Tensor) -> Tensor:
         """The values of this rank's tasks."""
-        return value_T if self.has_all else value_T[self._own_on(value_T.device)]
+        return value_T if self.has_all else value_T[self.own_on(value_T.device)]
 
     def everywhere(self, value_NT: Tensor, number: Tensor) -> tuple[Tensor, Tensor]:
         """Sums over ranks, for all tasks `[N, T]`, of values for this rank's; and of a number."""
@@ -68,12 +68,12 @@ class Shard:
             return value_NT, number
         rows, tasks = len(value_NT), len(self.plan.names)
         every = value_NT.new_zeros(rows * tasks + 1)
-        every[:-1].view(rows, tasks)[:, self._own_on(every.device)] = value_NT
+        every[:-1].view(rows, tasks)[:, self.own_on(every.device)] = value_NT
         every[-1] = number
         self.world.sum(every)
         return every[:-1].view(rows, tasks), every[-1]
 
-    def _own_on(self, device: torch.device) -> Tensor:
+    def own_on(self, device: torch.device) -> Tensor:
         """`own` on a device; copied once, as a copy would wait for all work in the device's queue."""
         if device not in self._own:
             self._own[device] = self._own[torch.device("cpu")].to(device)

@@ -12,7 +12,6 @@ from mtrain.balance.base import Balancer, Facts, Seen
 from mtrain.balance.bounded import Bounded
 from mtrain.balance.gradients import (
     SKETCH,
-    Factors,
     Sketch,
     gram,
     gram_cost,
@@ -22,6 +21,7 @@ from mtrain.balance.gradients import (
     norms2,
     project,
     projected_gram,
+    routed_factors,
     task_gradients,
 )
 from mtrain.config import BalancingConfig
@@ -62,7 +62,7 @@ class NeckGradients:
             what = "the trunk is frozen" if neck is not None else "the trunk does not end in one; set model.neck to a width"
             raise UserError(f"objective.balancer: {name} needs the tasks' gradients at a linear neck, but {what}")
         neck.register_forward_hook(self._keep)
-        self.needs, self.bank, self.shard, self.grid = balancer.needs, bank, shard, grid
+        self.needs, self.bank, self.shard = balancer.needs, bank, shard
         self.has_bias, self.num_tasks = neck.bias is not None, len(shard.own)
         self.wanted = False
         self.projected = False
@@ -114,13 +114,13 @@ class NeckGradients:
         if self.needs == "norms":
             norm2_T = self._norms2(x_NI, y_ND, task_N)
             return self.shard.everywhere(norm2_T[None], norm2_T.new_zeros(()))[0][0, task_A], None
-        world, own = self.shard.world, torch.from_numpy(self.shard.own).to(task_N.device)
-        x_NI, y_ND, task_N = (world.gather_rows(value) for value in (x_NI, y_ND, own[task_N]))
+        own_N, world = self.shard.own_on(task_N.device)[task_N], self.shard.world
+        x_NI, y_ND, task_N = (world.gather_rows(value) for value in (x_NI, y_ND, own_N))
         slot_T = torch.full((len(self.shard.plan.names),), -1, device=task_N.device)
         slot_T[task_A] = torch.arange(len(task_A), device=task_N.device)
         slot_N = slot_T[task_N]
         there = slot_N >= 0
-        gram_AA = gram(_sorted(x_NI[there], y_ND[there], slot_N[there], len(task_A)))
+        gram_AA = gram(routed_factors(x_NI[there], y_ND[there], slot_N[there], len(task_A)))
         return gram_AA.diagonal(), gram_AA
 
     def _units(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -143,31 +143,28 @@ class NeckGradients:
 
     def _norms2(self, x_NI: Tensor, y_ND: Tensor, task_N: Tensor) -> Tensor:
         """For each of this rank's tasks; hot tasks, of which ranks have some labels each, count where `Shard` says so."""
-        norm2_T = norms2(_sorted(x_NI, y_ND, task_N, self.num_tasks))
+        norm2_T = norms2(routed_factors(x_NI, y_ND, task_N, self.num_tasks))
         if self.shard.hot.any():
             hot = torch.from_numpy(self.shard.hot).to(task_N.device)
             slot_T = torch.cumsum(hot, 0) - 1
             mine = hot[task_N]
-            factors = _sorted(x_NI[mine], y_ND[mine], slot_T[task_N[mine]], int(hot.sum()))
+            factors = routed_factors(x_NI[mine], y_ND[mine], slot_T[task_N[mine]], int(hot.sum()))
             gradient_ADI = self.shard.world.sum(task_gradients(factors))
             norm2_T[hot] = gradient_ADI.square().sum((1, 2)) * self.shard.world.is_first
         return norm2_T
 
     def _project(self, task_A: Tensor) -> tuple[Tensor, Tensor]:
         assert self.sketch is not None
-        parts = [project(c_AHR, p.group.weights[0].detach(), self.sketch) for p, c_AHR in self.sums.values()]
-        task_a = torch.cat([piece.task_A for piece, _ in self.sums.values()])
+        x_IR, world = self.sketch.x_IR, self.shard.world
+        none = x_IR.new_zeros(0, 1, x_IR.shape[1]), x_IR.new_zeros(0, 1, self.bank.in_features)
+        parts = [project(*none, self.sketch)]  # where this rank has no tasks, nothing of the right width
+        parts += [project(c_AHR, p.group.weights[0].detach(), self.sketch) for p, c_AHR in self.sums.values()]
+        task_a = torch.cat([task_A[:0], *(piece.task_A for piece, _ in self.sums.values())])
         y_TF = parts[0].new_zeros(self.num_tasks, parts[0].shape[1]).index_copy_(0, task_a, torch.cat(parts))
-        own = torch.from_numpy(self.shard.own).to(task_A.device)
-        task_N, y_NF = self.shard.world.gather_rows(own), self.shard.world.gather_rows(y_TF)
+        task_N, y_NF = world.gather_rows(self.shard.own_on(task_A.device)), world.gather_rows(y_TF)
         gram_AA, error = projected_gram(y_NF[torch.argsort(task_N)][task_A], self.sketch)
         self.error = float(error)
         return gram_AA.diagonal(), gram_AA
-
-
-def _sorted(x_NI: Tensor, y_ND: Tensor, slot_N: Tensor, num_tasks: int) -> Factors:
-    order_N = torch.argsort(slot_N, stable=True)
-    return Factors(x_NI[order_N], y_ND[order_N], torch.bincount(slot_N, minlength=num_tasks).cpu())
 
 
 class Balancing:

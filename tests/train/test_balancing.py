@@ -18,6 +18,9 @@ from mtrain.balance.base import Balancer
 from mtrain.config import BalancingConfig, ObjectiveConfig
 from mtrain.errors import UserError
 from mtrain.model.trunks import MLP, SharedModel
+from mtrain.parallel.plan import Plan
+from mtrain.parallel.shard import Shard
+from mtrain.parallel.world import World
 from mtrain.train.balancing import NeckGradients
 
 
@@ -105,6 +108,35 @@ def test_projected_products_have_an_error_near_the_one_reported():
         assert 0 < float(error) < 3 * stepper.balancing.gradients.error < 1
     mean = torch.stack([seen.gram_AA for seen in balancer.seen]).mean(0)
     assert ((mean - exact) / (size[:, None] * size)).square().mean().sqrt() < error  # they are drawn anew in each step
+
+
+def test_a_rank_without_tasks_gets_the_projected_products_of_the_others():
+    rng = np.random.default_rng(0)
+    tasks = make_tasks(rng)
+    batch, bank, shared = make_batch(rng, tasks, "grid"), make_bank(tasks, (4,)), make_shared()
+    balancer, config = Given("gram", torch.ones(len(tasks))), ObjectiveConfig(balancing=BalancingConfig(projections=64))
+    stepper = make_stepper(tasks, bank, shared, Recorder(shared), Recorder(), config, balancer=balancer, grid=True)
+    gradients, gathered = stepper.balancing.gradients, []
+
+    class Recording(World):
+        def gather_rows(self, x_ND):
+            gathered.append(x_ND)
+            return x_ND
+
+    class Alone(World):
+        def gather_rows(self, x_ND):
+            assert x_ND.shape == (0, *gathered[0].shape[1:])
+            return gathered.pop(0)
+
+    gradients.shard.world = Recording()
+    run_step(stepper, batch, 0, totals_of(tasks))
+    (seen,) = balancer.seen
+    gradients.shard, gradients.sums, gradients.num_tasks = (
+        Shard(Alone(), Plan(tasks.names, np.ones(len(tasks)), np.ones(2))),
+        {},
+        0,
+    )
+    assert torch.equal(gradients.finish(seen.task_A)[1], seen.gram_AA)
 
 
 def test_gradients_are_taken_every_few_steps_and_smoothed_in_their_squares():
