@@ -37,6 +37,7 @@ from mtrain.parallel.shard import Shard
 from mtrain.parallel.world import World
 from mtrain.parallel.wrap import make_accelerator
 from mtrain.report import tables
+from mtrain.report.say import say
 from mtrain.tasks import TaskTable
 from mtrain.train.checkpoint import Checkpoints, Saved
 from mtrain.train.evaluate import Evaluator
@@ -177,7 +178,7 @@ def _start(run: RunDir, tasks: TaskTable, resume: str, console: Console) -> Save
                 f"{run.checkpoints.refused[0]}; there is no whole one before it: remove {run.checkpoints.folder} to begin anew"
             )
         for line in run.checkpoints.refused:
-            console.print(f"{line}; it is not used", highlight=False, soft_wrap=True, markup=False)
+            say(console, f"{line}; it is not used")
     else:
         path = Path(resume)
         match = re.fullmatch(r"step-(\d+)", path.name)
@@ -194,7 +195,7 @@ def _start(run: RunDir, tasks: TaskTable, resume: str, console: Console) -> Save
         new, gone = (sorted(set(a) - set(b)) for a, b in ((now, before), (before, now)))
         for what, names in (("new, their heads start fresh", new), ("gone, their heads are left behind", gone)):
             if names:
-                console.print(f"{len(names)} tasks are {what}: {some(names)}", highlight=False, soft_wrap=True, markup=False)
+                say(console, f"{len(names)} tasks are {what}: {some(names)}")
     return start
 
 

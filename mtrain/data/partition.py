@@ -39,6 +39,7 @@ from mtrain.data.tables import Table, reason
 from mtrain.errors import UserError, nearest, some
 from mtrain.model.kinds import Multiclass
 from mtrain.report.progress import ShownProgress
+from mtrain.report.say import say
 
 _SPILLS = ".spill"
 _MANIFEST = "partition.json"
@@ -70,9 +71,6 @@ def partition(
     """
     began = time.monotonic()
 
-    def say(line: str) -> None:
-        console.print(line, highlight=False, soft_wrap=True, markup=False)
-
     if config.data.layout == "files":
         raise UserError("data.layout: found files, expected routed, pairs or grid; each task has its files already")
     if row_group < 1:
@@ -81,7 +79,7 @@ def partition(
     manifest = _identity(config, beside, row_group)
     if "finished" in _read_manifest(output, manifest):
         shutil.rmtree(output / _SPILLS, ignore_errors=True)
-        say(f"{output}: complete, nothing to do")
+        say(console, f"{output}: complete, nothing to do")
         return
     table = open_stream(config.data, beside, config.data.chunk_rows)
     source = _Grid(config, table) if config.data.layout == "grid" else _Long(config, table)
@@ -99,11 +97,11 @@ def partition(
     _write_text(output / _MANIFEST, json.dumps({**manifest, "finished": finished}, indent=1))
     shutil.rmtree(output / _SPILLS, ignore_errors=True)
     if empty := [name for name in source.number if name not in files]:
-        say(f"{len(empty)} tasks have no label and are left out: {some(empty)}")
+        say(console, f"{len(empty)} tasks have no label and are left out: {some(empty)}")
     if spaced := [repr(name) for name in files if name != name.strip()]:
-        say(f"{len(spaced)} tasks lose the spaces around their names: {some(spaced)}")
+        say(console, f"{len(spaced)} tasks lose the spaces around their names: {some(spaced)}")
     size = sum((output / "tasks" / file).stat().st_size for file in files.values())
-    say(f"{num_rows:,} rows of {len(files):,} tasks, {size / 1e6:,.1f} MB, {time.monotonic() - began:.1f} s: {output}")
+    say(console, f"{num_rows:,} rows of {len(files):,} tasks, {size / 1e6:,.1f} MB, {time.monotonic() - began:.1f} s: {output}")
 
 
 # Rows with the number of their task.

@@ -17,6 +17,7 @@ from mtrain.errors import UserError, some
 from mtrain.model.trunks import build_shared
 from mtrain.parallel.plan import HEAD_BYTES, HOT, Flow, Plan, Workload, flows, make_plan, plain_ddp
 from mtrain.parallel.workload import workload
+from mtrain.report.say import say
 from mtrain.train.loop import sampling_probabilities
 
 SHOWN_RANKS = 8
@@ -49,17 +50,17 @@ def print_plan(work: Workload, ranks: int, memory_gb: float | None, console: Con
     """The plan of a workload: its ranks, what they send in a step, and the same for other numbers of ranks; see `show_plan`."""
     plan = make_plan(work, ranks, head_memory(work, ranks, memory_gb, fsdp))
     trunk = "sharded by FSDP2" if fsdp else "replicated by DDP"
-    _line(
+    say(
+        console,
         f"{len(work.names)} tasks on {ranks} ranks: {work.trunk_params:,} parameters in the trunk ({trunk}), "
         f"{int(work.head_params_T.sum()):,} in the heads, {work.batch} rows a step",
-        console,
     )
-    _line(f"mode {plan.mode}: {plan.why}", console)
-    _line(f"the busiest rank has {plan.imbalance:.2f} x the mean work of trunk and heads", console)
+    say(console, f"mode {plan.mode}: {plan.why}")
+    say(console, f"the busiest rank has {plan.imbalance:.2f} x the mean work of trunk and heads")
     if len(plan.hot):
-        _line(f"hot tasks, on every rank: {some([plan.names[t] for t in plan.hot])}", console)
+        say(console, f"hot tasks, on every rank: {some([plan.names[t] for t in plan.hot])}")
     if ranks > work.batch:
-        _line(f"with {work.batch} rows a step, at least {ranks - work.batch} ranks have none", console)
+        say(console, f"with {work.batch} rows a step, at least {ranks - work.batch} ranks have none")
     console.print()
     console.print(_ranks_table(plan, work))
     console.print()
@@ -84,10 +85,6 @@ def head_memory(work: Workload, ranks: int, memory_gb: float | None, fsdp: bool 
             f"nothing for heads; give more{'' if fsdp else ', or shard the trunk (FSDP2)'}"
         )
     return room
-
-
-def _line(text: str, console: Console) -> None:
-    console.print(text, highlight=False, soft_wrap=True, markup=False)
 
 
 def _table(*columns: str) -> Table:

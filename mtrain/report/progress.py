@@ -8,6 +8,8 @@ from typing import Any, Self
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
+from mtrain.report.say import say
+
 PLAIN_EVERY_S = 10.0
 
 
@@ -55,7 +57,7 @@ class ShownProgress:
         left = (self.total - done) * (now - self.started) / max(1, done - self.start)
         shown = [self.done.format(done, self.total), text, f"{left:.0f} s left"]
         line = f"{self.title}: {'  '.join(part for part in shown if part)}"
-        self.console.print(line, highlight=False, soft_wrap=True, markup=False)
+        say(self.console, line)
 
 
 class TrainingProgress(ShownProgress):

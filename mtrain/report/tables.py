@@ -18,6 +18,7 @@ from mtrain.data.prepare import Prepared, Source
 from mtrain.errors import some
 from mtrain.parallel.plan import Plan
 from mtrain.report.estimate import estimate
+from mtrain.report.say import say
 
 SHOWN_TASKS = 20
 FIRST = ("skill", "roc_auc", "pr_auc", "accuracy", "f1", "brier", "ece", "mse", "mae", "r2", "ev", "pearson_r2", "ci")
@@ -25,7 +26,7 @@ FIRST = ("skill", "roc_auc", "pr_auc", "accuracy", "f1", "brier", "ece", "mse", 
 
 def print_notes(notes: Sequence[str], console: Console) -> None:
     for note in notes:
-        console.print(f"note: {note}", highlight=False, soft_wrap=True, markup=False)
+        say(console, f"note: {note}")
 
 
 def print_summary(summary: dict[str, Any], config: Config, run_dir: Path, console: Console) -> None:
@@ -132,7 +133,7 @@ def print_tasks(source: Source, data: Prepared, config: Config, console: Console
     )
     print_notes(data.notes, console)
     for line in suspicious(source, data):
-        console.print(f"suspicious: {line}", highlight=False, soft_wrap=True, markup=False)
+        say(console, f"suspicious: {line}")
 
 
 def suspicious(source: Source, data: Prepared) -> list[str]:

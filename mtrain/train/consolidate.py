@@ -22,6 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from mtrain.errors import UserError
+from mtrain.report.say import say
 from mtrain.train.checkpoint import Checkpoints, Snapshot, Stacks
 from mtrain.train.run_dir import RunDir
 
@@ -72,7 +73,7 @@ def _to_file(run: RunDir, output: Path, console: Console) -> None:
     except (OSError, SafetensorError) as error:
         unfinished.unlink(missing_ok=True)
         raise UserError(f"--output {output}: cannot be written: {getattr(error, 'strerror', None) or error}") from None
-    console.print(f"step {saved.step}, {len(tasks)} tasks: {output}", highlight=False, soft_wrap=True, markup=False)
+    say(console, f"step {saved.step}, {len(tasks)} tasks: {output}")
 
 
 def _to_run(source: Path, output: Path, console: Console) -> None:
@@ -105,7 +106,7 @@ def _to_run(source: Path, output: Path, console: Console) -> None:
         raise UserError(f"--output {output}: cannot be written: {error.strerror or error}") from None
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
-    console.print(f"step {step}, {len(tasks)} tasks: {output}", highlight=False, soft_wrap=True, markup=False)
+    say(console, f"step {step}, {len(tasks)} tasks: {output}")
 
 
 def _read(source: Path) -> tuple[dict[str, str], dict[str, Tensor]]:

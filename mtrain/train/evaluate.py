@@ -149,8 +149,8 @@ class Evaluator:
         self, counted: list[Counted], only: Collection[str] | None, threshold_T: NDArray[np.float64] | None, choose: bool
     ) -> Scores:
         """The scores of what all ranks counted."""
-        deviance_T, constant_T = (np.sum([getattr(c, what) for c in counted], 0) for what in ("deviance_T", "constant_T"))
-        count_T = np.sum([c.count_T for c in counted], 0)
+        sums = [(one.deviance_T, one.constant_T, one.count_T) for one in counted]
+        deviance_T, constant_T, count_T = (np.sum(of_ranks, 0) for of_ranks in zip(*sums, strict=True))
         collected: dict[str, list[tuple[NDArray[Any], ...]]] = defaultdict(list)
         for family, found in (item for one in counted for item in one.collected.items()):
             collected[family] += found

@@ -36,6 +36,7 @@ from mtrain.parallel.workload import workload
 from mtrain.parallel.world import World
 from mtrain.parallel.wrap import prepare
 from mtrain.report.progress import TrainingProgress
+from mtrain.report.say import say
 from mtrain.tasks import TaskTable
 from mtrain.train.balancing import Balancing, NeckGradients
 from mtrain.train.checkpoint import Saved, Snapshot
@@ -358,7 +359,7 @@ class Trainer:
             self._load_state(start, phase, totals)
             left_out = list(phase.loader.dropped)
             without = f" without {len(left_out)} tasks that are left out: {some(left_out)}" if left_out else ""
-            self._print(f"continuing at step {step} of {phase.stop_step}{without}")
+            say(self.console, f"continuing at step {step} of {phase.stop_step}{without}")
         for line in self.run_dir.cut_log(phase.offset + step):
             if start is not None:  # a tracker may have lost what it had not written yet when a process was killed
                 self.tracker.log({k: v for k, v in line.items() if isinstance(v, int | float)}, line["step"])
@@ -415,20 +416,20 @@ class Trainer:
         number = max(self.world.gather_objects(number or 0))
         if failure is not None:
             raise UserError(f"{failure}; free space and start again")
-        self._print(f"step {step} is saved; the same command continues the run")
+        say(self.console, f"step {step} is saved; the same command continues the run")
         raise Preempted(number, step)
 
     def _report(self, failure: str | None) -> None:
         if failure is not None:
-            self._print(f"{failure}; training goes on")
-
-    def _print(self, text: str) -> None:
-        self.console.print(text, highlight=False, soft_wrap=True, markup=False)
+            say(self.console, f"{failure}; training goes on")
 
     def _print_dropped(self, dropped: dict[str, int], known: int, step: int) -> None:
         names, reasons = list(dropped)[known:], self.prepared.inputs.notes()
         why = f"; {reasons[-1]}" if reasons else ""
-        self._print(f"step {step}: {len(names)} tasks are left out from here on, {len(dropped)} in all: {some(names)}{why}")
+        say(
+            self.console,
+            f"step {step}: {len(names)} tasks are left out from here on, {len(dropped)} in all: {some(names)}{why}",
+        )
 
     def _out_of_patience(self) -> bool:
         patience = self.config.select.patience
@@ -471,9 +472,10 @@ class Trainer:
             worst = self.tasks[int(totals.bad_T.argmax())].name + (f"' and {num_bad - 1} more" if num_bad > 1 else "'")
             for what, count in ((f"the loss of task '{worst}", bad_task_steps), ("the trunk's gradient", totals.skipped)):
                 if count:
-                    self._print(
+                    say(
+                        self.console,
                         f"step {phase.offset + step}: {what} was not finite in {count} of the last {totals.steps} steps "
-                        "and was left out"
+                        "and was left out",
                     )
         self.run_dir.log(line)
         self.tracker.log({k: v for k, v in line.items() if isinstance(v, int | float)}, phase.offset + step)
@@ -539,7 +541,7 @@ class Trainer:
         self.bad_steps = state["bad_steps"]
         self.stepper.load_state_dict(by_task(state["stepper"], names, now), names == now)
         if phase.loader.load_state_dict(state["loader"], set(names) == set(now)):
-            self._print("with other tasks other rows have labels: the epoch begins anew")
+            say(self.console, "with other tasks other rows have labels: the epoch begins anew")
 
     def _finish(self, scores: dict[str, Scores]) -> dict[str, Any]:
         """Write per_task.parquet and summary.json."""

@@ -104,20 +104,19 @@ class RunDir:
         Raises:
             UserError: there is none yet, or it is damaged.
         """
-        newest = self.checkpoints.newest()
-        if newest is None:
-            raise UserError(self.checkpoints.refused[0] if self.checkpoints.refused else f"run {self.path}: {_NO_MODEL}")
-        return self._saved(newest, newest.about["final"] or newest.about["best"])
+        return self._kept("final", "best")
 
     def best(self) -> Saved:
         """The selected checkpoint."""
-        newest = self.checkpoints.newest()
-        if newest is None:
-            raise UserError(self.checkpoints.refused[0] if self.checkpoints.refused else f"run {self.path}: {_NO_MODEL}")
-        return self._saved(newest, newest.about["best"])
+        return self._kept("best")
 
-    def _saved(self, newest: Saved, step: int | None) -> Saved:
-        if step is None:
+    def _kept(self, *keys: str) -> Saved:
+        """The checkpoint that the newest one names by the first of these keys that it has."""
+        newest = self.checkpoints.newest()
+        if newest is None and self.checkpoints.refused:
+            raise UserError(self.checkpoints.refused[0])
+        step = None if newest is None else next((newest.about[key] for key in keys if newest.about[key]), None)
+        if newest is None or step is None:
             raise UserError(f"run {self.path}: {_NO_MODEL}")
         return newest if step == newest.step else self.checkpoints.at(step)
 

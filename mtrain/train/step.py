@@ -196,38 +196,31 @@ class Stepper:
         """The losses of a global batch with the model as it is now, with the same dropout."""
         window = Window(len(self.shard.own), self.device)
         for micro in batch:
-            needed = routes(self.bank, micro.labels)
-            micro = micro.to(self.device)
-            keys_B, keys_H = self._keys(micro, step)
-            z_HD = self.shard.to_heads(self.model(micro.x_BF, keys_B), micro.deal)
-            with self.accelerator.autocast():
-                found = [self._loss(piece) for piece in pieces(self.bank, z_HD, micro.labels, needed, keys_H)]
-            for loss in found if self.hot_heads is None else self.hot_heads.agreed(found):
-                window.add(loss)
+            self._forward(micro, step, window)
         window.sum_up(self.shard)
         return window
 
-    def _keys(self, batch: Batch, step: int) -> tuple[Tensor, Tensor]:
-        """Dropout's keys of the rows that this rank reads, and of those that its heads read."""
-        keys_B = row_keys(self.config.seed, step, batch.row_B)
-        return keys_B, keys_B if batch.row_H is None else row_keys(self.config.seed, step, batch.row_H)
-
-    def _micro(self, batch: Batch, step: int, num_labels: int, window: Window, rebalance: bool) -> list[HeadUpdate]:
-        """Both phases of a micro-batch; the trunk's gradient is added to `.grad`, the heads' is returned."""
+    def _forward(self, batch: Batch, step: int, window: Window, tapped: bool = False) -> tuple[Tensor, Tensor, list[PieceLoss]]:
+        """Features of the rows that this rank reads, those that its heads read, and their losses, added to the window."""
         needed = routes(self.bank, batch.labels)
         batch = batch.to(self.device)
-        keys_B, keys_H = self._keys(batch, step)
-        gradients = self.balancing.gradients if self.balancing.due(step) else None
+        keys_B = row_keys(self.config.seed, step, batch.row_B)
+        keys_H = keys_B if batch.row_H is None else row_keys(self.config.seed, step, batch.row_H)
         features_BD = self.model(batch.x_BF, keys_B)
         window.bad_features += ~features_BD.detach().isfinite().all()
         z_HD = self.shard.to_heads(features_BD.detach(), batch.deal).requires_grad_(features_BD.requires_grad)
         with self.accelerator.autocast():
-            parts = pieces(self.bank, z_HD, batch.labels, needed, keys_H, tapped=gradients is not None)
-            found = [self._loss(piece) for piece in parts]
+            found = [self._loss(piece) for piece in pieces(self.bank, z_HD, batch.labels, needed, keys_H, tapped)]
         if self.hot_heads is not None:
             found = self.hot_heads.agreed(found)
         for loss in found:
             window.add(loss)
+        return features_BD, z_HD, found
+
+    def _micro(self, batch: Batch, step: int, num_labels: int, window: Window, rebalance: bool) -> list[HeadUpdate]:
+        """Both phases of a micro-batch; the trunk's gradient is added to `.grad`, the heads' is returned."""
+        gradients = self.balancing.gradients if self.balancing.due(step) else None
+        features_BD, z_HD, found = self._forward(batch, step, window, tapped=gradients is not None)
         unit_T = self.shard.local(self.coefficient_T) / num_labels
         staged = None
         if gradients is not None:
