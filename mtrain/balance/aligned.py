@@ -22,6 +22,7 @@ class AlignedMTL(Balancer):
     """
 
     needs: ClassVar[Need] = "gram"
+    weighs_heads = False
 
     def __init__(self, scale: Literal["min", "median", "rmse"] = "min"):
         expect(scale in ("min", "median", "rmse"), "balancer aligned: scale", scale, "min, median or rmse")

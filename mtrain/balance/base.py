@@ -60,10 +60,13 @@ class Balancer:
     Attributes:
         needs: losses; norms (and losses) or gram (norms and losses as well).
         second_forward: `after` is to be called with the losses of the same batch after the step.
+        weighs_heads: whether a task's weight also scales the gradient of its own head; not where the paper combines the
+            tasks' gradients at shared parameters only, and heads follow their own loss.
     """
 
     needs: ClassVar[Need] = "losses"
     second_forward: ClassVar[bool] = False
+    weighs_heads: ClassVar[bool] = True
 
     def begin(self, facts: Facts) -> None:
         self.facts = facts

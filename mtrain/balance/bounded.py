@@ -51,6 +51,7 @@ class Bounded(Balancer):
         require(max is None or 1 <= max < math.inf, "max", max, "a ratio to the mean weight, at least 1 and finite")
         self.balancer, self.warmup, self.min, self.max, self.normalize = balancer, warmup, min, max, normalize
         self.needs, self.second_forward = balancer.needs, balancer.second_forward  # type: ignore[misc]
+        self.weighs_heads = balancer.weighs_heads  # type: ignore[misc]
 
     def begin(self, facts: Facts) -> None:
         super().begin(facts)

@@ -26,6 +26,7 @@ class CAGrad(Balancer):
     """
 
     needs: ClassVar[Need] = "gram"
+    weighs_heads = False
 
     def __init__(self, c: float = 0.5):
         expect(0 <= c < torch.inf, "balancer cagrad: c", c, "a number >= 0")

@@ -24,6 +24,7 @@ class DBMTL(Balancer):
     """
 
     needs: ClassVar[Need] = "norms"
+    weighs_heads = False
 
     def __init__(self, eps: float = 1e-8):
         expect(0 < eps < torch.inf, "balancer db_mtl: eps", eps, "a number > 0")

@@ -23,6 +23,7 @@ class FairGrad(Balancer):
     """
 
     needs: ClassVar[Need] = "gram"
+    weighs_heads = False
 
     def __init__(self, alpha: float = 2.0):
         expect(alpha == 0 or 0.2 <= alpha <= 20, "balancer fairgrad: alpha", alpha, "0, or a number from 0.2 to 20")

@@ -15,7 +15,7 @@ and every layout is a choice of units (`Factors`):
   (`task_gradients` of `routed_factors(x_BI, g_PH, ...)`), then `grid_factors`.
 
 Then <g_s, g_t> = sum over m in s, n in t of <x_m, x_n> <y_m, y_n>. Gradients of a task add up over ranks and micro-batches,
-their norms do not: what may be added is `grid_sums` and `task_gradients`; `Factors` of labels are put together by `join`.
+their norms do not: what may be added is `grid_sums` and `task_gradients`.
 Norms and Gram matrices of several linear layers of a trunk add up to those of all their weights; every task's gradient at an
 inner layer is at hand in the routed layout only, where rows are independent.
 
@@ -26,7 +26,7 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -106,20 +106,6 @@ def grid_factors(c_AHI: Tensor, v_AHD: Tensor, slot_A: Tensor | None = None, num
         c_AHI, v_AHD = c_AHI[order_A], v_AHD[order_A]
         count_A = torch.zeros(num_tasks or heads, dtype=torch.int64).index_fill_(0, slot_A.cpu(), hidden)
     return Factors(c_AHI.reshape(heads * hidden, -1), v_AHD.reshape(heads * hidden, -1), count_A)
-
-
-@torch.no_grad()
-def join(parts: Sequence[Factors]) -> Factors:
-    """The sums of the parts' gradients: labels of several micro-batches or ranks, or heads of several groups. Each part has
-    the same tasks."""
-    if len(parts) == 1:
-        return parts[0]
-    tasks = torch.arange(len(parts[0].count_A))
-    slot_N = torch.cat([tasks.repeat_interleave(part.count_A) for part in parts])
-    order_N = torch.argsort(slot_N, stable=True).to(parts[0].x_NI.device)
-    x_NI, y_ND = torch.cat([part.x_NI for part in parts]), torch.cat([part.y_ND for part in parts])
-    count_A = torch.stack([part.count_A for part in parts]).sum(0)
-    return Factors(x_NI.index_select(0, order_N), y_ND.index_select(0, order_N), count_A)
 
 
 @torch.no_grad()
@@ -240,6 +226,12 @@ class Sketch:
         return self.y_DK.shape[1]
 
 
+def check_vectors(vectors: int, option: str) -> None:
+    """Raises UserError for a number of random vectors that a sketch cannot have."""
+    if vectors < 2 * BLOCK or vectors % BLOCK:
+        raise UserError(f"{option}: {vectors} random vectors, expected a multiple of {BLOCK} from {2 * BLOCK} on")
+
+
 def make_sketch(
     width_x: int, width_y: int, seed: int, like: Tensor, vectors: int = SKETCH, exact_IQ: Tensor | None = None
 ) -> Sketch:
@@ -250,8 +242,6 @@ def make_sketch(
         exact_IQ: few directions that the sketch is to be exact in, of any length; the same for all that is added up. Behind a
             ReLU the mean row of x, `[I, 1]`, holds most of every gradient, and errors are several times smaller with it.
     """
-    if vectors < 2 * BLOCK or vectors % BLOCK:
-        raise UserError(f"{vectors} vectors of a projection: expected a multiple of {BLOCK} from {2 * BLOCK} on")
     generator = torch.Generator().manual_seed(seed)
     x, y = (torch.randint(0, 2, (width, vectors), generator=generator) * 2 - 1 for width in (width_x, width_y))
     x_IR = x.to(like)
@@ -318,27 +308,38 @@ def projected_gram(y_AF: Tensor, sketch: Sketch, norm2_A: Tensor | None = None) 
 
 
 @torch.no_grad()
-def unbiased_routed(norm2_A: Tensor, factors: Factors) -> Tensor:
-    """Estimates of |E g_t|^2 `[A]` from pairs of different labels of a task; NaN where it has fewer than two.
+def gram_of_rows(
+    y_PD: Tensor, row_P: Tensor, slot_P: Tensor, num_tasks: int, norms: bool = False, memory: int = MEMORY
+) -> Tensor:
+    """Sum over rows of <y_s, y_t> `[A, A]`, where y_t is the sum of the vectors of task t's labels at the row; with `norms` its
+    diagonal `[A]` only. The Gram matrix of gradients at the features, if y are gradients at labels' rows of z."""
+    order_P = torch.argsort(row_P, stable=True)
+    row_P, slot_P1 = row_P[order_P], slot_P[order_P, None].double()
+    count_R = torch.unique_consecutive(row_P, return_counts=True)[1].cpu()
+    total = y_PD.new_zeros(num_tasks if norms else num_tasks**2, dtype=torch.promote_types(y_PD.dtype, torch.float32))
+    for _, slot, y in _padded(Factors(slot_P1, _full(y_PD[order_P]), count_R), memory):
+        first, second = slot.long(), slot.mT.long()
+        product = y @ y.mT
+        if norms:
+            total.index_add_(0, first.expand_as(product).flatten(), torch.where(first == second, product, 0).flatten())
+        else:
+            total.index_add_(0, (first * num_tasks + second).flatten(), product.flatten())
+    return total if norms else total.view(num_tasks, num_tasks)
 
-    |g_t|^2 counts each of the n labels' own noise: a sum over independent labels has E|g_t|^2 = |E g_t|^2 + n Var. Without it,
-    n / (n - 1) (|g_t|^2 - sum |g_i|^2) is unbiased. Can be negative: average it over steps before taking a root. Between
-    tasks, <g_s, g_t> is unbiased as it is where they share no rows.
+
+@torch.no_grad()
+def unbiased_rows(whole: Tensor, same: Tensor, pairs: Tensor, common: Tensor) -> Tensor:
+    """Estimates of |E g_t|^2 or <E g_s, E g_t> from pairs of different rows; NaN where there is none.
+
+    A norm counts each row's own noise: n independent labels have E|g_t|^2 = |E g_t|^2 + n Var, and so has an inner product of
+    tasks that share rows. Without what rows have with themselves, (whole - same) * pairs / (pairs - common) is unbiased. It can
+    be negative, a matrix of it indefinite: average over steps first.
 
     Args:
-        norm2_A: |g_t|^2, the `norms2` of the same factors, whose units are labels.
+        whole, same: from all pairs of labels (`norms2`, `gram`), and from those at one row (`gram_of_rows` of |x| y).
+        pairs, common: how many those are.
     """
-    own_N = _norm2(factors.x_NI) * _norm2(factors.y_ND)
-    first_A = (factors.count_A.cumsum(0) - factors.count_A).to(own_N.device)
-    own_A = _sum_rows(own_N[:, None], first_A).view(-1)
-    count_A = factors.count_A.to(own_A)
-    return torch.where(count_A >= 2, (norm2_A - own_A) * count_A / (count_A - 1), torch.nan)
-
-
-def opposed(x_BI: Tensor, second_B: Tensor) -> Tensor:
-    """x with the rows of the batch's second half (a boolean) negated: what is computed from it is of the difference of the
-    two halves' gradients. For `unbiased_grid`."""
-    return torch.where(second_B[:, None], -x_BI, x_BI)
+    return torch.where(pairs > common, (whole - same) * pairs / (pairs - common).clamp(min=1), torch.nan)
 
 
 def unbiased_grid(whole: Tensor, opposed: Tensor, first: int, second: int) -> Tensor:

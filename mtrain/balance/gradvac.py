@@ -30,6 +30,7 @@ class GradVac(Balancer):
     """
 
     needs: ClassVar[Need] = "gram"
+    weighs_heads = False
 
     def __init__(self, beta: float = 0.01):
         expect(0 <= beta <= 1, "balancer gradvac: beta", beta, "a number from 0 to 1")

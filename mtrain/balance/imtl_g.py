@@ -21,6 +21,7 @@ class IMTLG(Balancer):
     """
 
     needs: ClassVar[Need] = "gram"
+    weighs_heads = False
 
     def weights(self, seen: Seen) -> Tensor:
         return solve(gram_of(seen.gram_AA), equal_projections)

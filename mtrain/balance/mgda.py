@@ -20,6 +20,7 @@ class MGDA(Balancer):
     """
 
     needs: ClassVar[Need] = "gram"
+    weighs_heads = False
 
     def weights(self, seen: Seen) -> Tensor:
         return solve(gram_of(seen.gram_AA), min_norm)

@@ -26,6 +26,7 @@ class Nash(Balancer):
     """
 
     needs: ClassVar[Need] = "gram"
+    weighs_heads = False
 
     def __init__(self, normalization: Literal["frobenius", "none"] = "frobenius", max_norm: float = 1.0):
         expect(normalization in ("frobenius", "none"), "balancer nash: normalization", normalization, "frobenius or none")

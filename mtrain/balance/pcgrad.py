@@ -20,6 +20,7 @@ class PCGrad(Balancer):
     """
 
     needs: ClassVar[Need] = "gram"
+    weighs_heads = False
 
     def weights(self, seen: Seen) -> Tensor:
         return solve(gram_of(seen.gram_AA), lambda gram: projected(gram, shuffled(len(gram), seen.step, gram.device)))

@@ -26,6 +26,7 @@ class UPGrad(Balancer):
     """
 
     needs: ClassVar[Need] = "gram"
+    weighs_heads = False
 
     def __init__(self, ridge: float = 1e-4):
         expect(1e-6 <= ridge <= 1, "balancer upgrad: ridge", ridge, "a number from 1e-6 to 1")

@@ -10,21 +10,21 @@ from torch import Tensor, nn
 from mtrain.balance.gradients import (
     BLOCK,
     Factors,
+    check_vectors,
     gram,
     gram_cost,
+    gram_of_rows,
     grid_factors,
     grid_sums,
-    join,
     make_sketch,
     neck_inputs,
     norms2,
-    opposed,
     project,
     projected_gram,
     routed_factors,
     task_gradients,
     unbiased_grid,
-    unbiased_routed,
+    unbiased_rows,
 )
 from mtrain.errors import UserError
 from mtrain.model.heads import HeadBank
@@ -88,6 +88,12 @@ def first_layer(p: Problem, rows: slice, number: int) -> Tensor:
         x = x.masked_fill(group.pad_TO, 0)
     loss = p.loss(x, p.y_BT[rows][:, group.task_ids], p.weight_BT[rows][:, group.task_ids])
     return torch.autograd.grad(loss.sum(), first)[0]
+
+
+def join(parts: list[Factors]) -> Factors:
+    """The units of all parts, whose gradients add up."""
+    slot_N = torch.cat([torch.arange(TASKS).repeat_interleave(part.count_A) for part in parts])
+    return routed_factors(torch.cat([part.x_NI for part in parts]), torch.cat([part.y_ND for part in parts]), slot_N, TASKS)
 
 
 def grid(p: Problem, num_micro: int = 1) -> Factors:
@@ -336,8 +342,8 @@ def test_a_sketch_is_the_same_for_the_same_seed_only():
     one, same, other = (make_sketch(5, 4, seed, like, 16) for seed in (1, 1, 2))
     assert torch.equal(one.x_IR, same.x_IR)
     assert not torch.equal(one.y_DK, other.y_DK)
-    with pytest.raises(UserError, match="20 vectors of a projection: expected a multiple of 8 from 16 on"):
-        make_sketch(5, 4, 0, like, 20)
+    with pytest.raises(UserError, match="here: 20 random vectors, expected a multiple of 8 from 16 on"):
+        check_vectors(20, "here")
 
 
 def test_the_unbiased_norm_of_routed_labels_is_that_of_the_expectation():
@@ -348,10 +354,42 @@ def test_the_unbiased_norm_of_routed_labels_is_that_of_the_expectation():
         draws = [torch.tensor(draw) for draw in itertools.product(range(3), repeat=n)]
         slot = torch.arange(len(draws)).repeat_interleave(n)
         factors = routed_factors(x[torch.cat(draws)], delta[torch.cat(draws)], slot, len(draws) + 1)
-        found = unbiased_routed(norms2(factors), factors)
+        count = factors.count_A.double()
+        each = torch.arange(len(slot))
+        size = factors.x_NI.square().sum(1, keepdim=True).sqrt()
+        own = gram_of_rows(factors.y_ND * size, each, slot, len(draws) + 1, norms=True)
+        found = unbiased_rows(norms2(factors), own, count**2, count)
         assert found[-1].isnan()  # a task without labels
         torch.testing.assert_close(found[:-1].mean(), (n * mean).square().sum())
         assert norms2(factors)[:-1].mean() > 1.5 * (n * mean).square().sum()
+
+
+def test_the_unbiased_gram_matrix_of_labels_that_share_rows_is_that_of_the_expectation():
+    torch.manual_seed(0)
+    x, delta = torch.randn(3, 4).double(), torch.randn(3, 2, 5).double()  # three rows, each with labels of both tasks
+    mean = torch.einsum("ntd,ni->tdi", delta, x).flatten(1) / 3
+    row, slot, found = torch.arange(3).repeat_interleave(2), torch.tensor([0, 1] * 3), []
+    for draw in map(list, itertools.product(range(3), repeat=3)):
+        x_PI, y_PD = x[draw][row], delta[draw].flatten(0, 1)
+        same = gram_of_rows(y_PD * x_PI.square().sum(1, keepdim=True).sqrt(), row, slot, 2)
+        common = gram_of_rows(torch.ones(6, 1), row, slot, 2)
+        assert torch.equal(common, torch.full((2, 2), 3.0))
+        found.append(unbiased_rows(gram(routed_factors(x_PI, y_PD, slot, 2)), same, torch.tensor(9.0), common))
+    torch.testing.assert_close(torch.stack(found).mean(0), (3 * mean) @ (3 * mean).T)
+
+
+@pytest.mark.parametrize("memory", [1, 2**28])
+def test_products_at_the_features_are_those_of_labels_that_share_rows(memory):
+    torch.manual_seed(0)
+    row, slot, y = (
+        torch.randint(9, (60,)),
+        torch.randint(5, (60,)),
+        torch.randn(60, 4).double(),
+    )  # some of a task twice in a row
+    g = torch.zeros(5, 9, 4).double().index_put_((slot, row), y, accumulate=True).flatten(1)
+    assert_same(gram_of_rows(y, row, slot, 5, memory=memory), g @ g.T)
+    assert_same(gram_of_rows(y, row, slot, 5, norms=True, memory=memory), g.square().sum(1))
+    assert not gram_of_rows(y[:0], row[:0], slot[:0], 5).any()
 
 
 def test_the_unbiased_gram_matrix_of_a_grid_is_that_of_the_expectation():
@@ -363,7 +401,8 @@ def test_the_unbiased_gram_matrix_of_a_grid_is_that_of_the_expectation():
         matrices, norms = [], []
         for draw in map(list, itertools.product(range(3), repeat=rows)):
             whole, other = (
-                grid_factors(grid_sums(g[:, :, draw], inputs), v) for inputs in (x[draw], opposed(x[draw], second_B))
+                grid_factors(grid_sums(g[:, :, draw], inputs), v)
+                for inputs in (x[draw], torch.where(second_B[:, None], -x[draw], x[draw]))
             )
             sizes = (rows - 1, 1)
             matrices.append(unbiased_grid(gram(whole), gram(other), *sizes))

@@ -20,9 +20,10 @@ from mtrain.model.kinds import Binary, Multiclass, Poisson, Quantile, Regression
 from mtrain.parallel.shard import Shard
 from mtrain.parallel.world import World
 from mtrain.tasks import Task, TaskTable
-from mtrain.train.balancing import Balancing, NeckGradients
+from mtrain.train.balancing import Balancing
 from mtrain.train.objective import Objective, coefficients
 from mtrain.train.step import Stepper, Totals, count
+from mtrain.train.task_gradients import make_task_gradients
 
 KINDS = [
     Regression(),
@@ -166,7 +167,7 @@ def make_stepper(
     sampling_T=None,
     balancer=None,
     precision="no",
-    grid=False,
+    layout="pairs",
     **train,
 ):
     config = config or ObjectiveConfig()
@@ -174,8 +175,11 @@ def make_stepper(
     shard, device = Shard.replicated(World(), tasks.names), torch.device("cpu")
     share_T = torch.full((len(tasks),), 1 / len(tasks))
     balancer, gradients = balancer or Equal(), None
-    if balancer.needs != "losses":
-        gradients = NeckGradients("balancer", balancer, model, bank, shard, grid, config.balancing)
+    if balancer.needs != "losses" or config.balancing.affinity:
+        products = balancer.needs == "gram" or config.balancing.affinity
+        gradients = make_task_gradients(
+            "balancer", products, model, bank, shard, layout, layout == "grid", config.balancing, 24
+        )
     facts = Facts(tasks.names, torch.zeros(len(tasks), dtype=torch.bool), share_T, device)
     return Stepper(
         fake_accelerator(precision),
