@@ -25,7 +25,8 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from mtrain.errors import UserError, nearest
+from mtrain.bench.cases import cases_named
+from mtrain.errors import UserError
 from mtrain.train.checkpoint import Checkpoints, Snapshot, Stacks
 
 
@@ -161,15 +162,11 @@ def measure(case: Case, folder: Path, device: torch.device) -> dict[str, Any]:
 
 def run(json_path: Path | None = None, cases: Sequence[str] | None = None) -> list[dict[str, Any]]:
     """Measure the named cases (default: all), print a table, write `json_path`; one dict a case."""
-    known = {case.name: case for case in CASES}
-    for name in cases or ():
-        if name not in known:
-            raise UserError(f"there is no case '{name}'{nearest(name, known)}")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     results = []
-    for name in cases or known:
+    for case in cases_named(CASES, cases):
         with tempfile.TemporaryDirectory() as folder:
-            results.append(measure(known[name], Path(folder), device))
+            results.append(measure(case, Path(folder), device))
     if json_path is not None:
         json_path.write_text(json.dumps(results, indent=2) + "\n")
     table = Table(title=f"checkpoints ({device.type})", padding=0)

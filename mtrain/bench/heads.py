@@ -24,7 +24,7 @@ from rich.table import Table
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mtrain.errors import UserError, nearest
+from mtrain.bench.cases import cases_named
 from mtrain.model.heads import HeadBank
 from mtrain.train.optim import HeadAdamW, HeadUpdate
 
@@ -254,11 +254,7 @@ def run(json_path: Path | None = None, cases: Sequence[str] | None = None, repea
 
     `speedup` is loop / bank, `over_gemm` bank / gemm, `over_scale_1000` of scale-10000 its time / that of scale-1000.
     """
-    known = {case.name: case for case in CASES}
-    for name in cases or ():
-        if name not in known:
-            raise UserError(f"there is no case '{name}'{nearest(name, known)}")
-    chosen = [known[name] for name in cases or known]
+    chosen = cases_named(CASES, cases)
     for case in chosen:
         if case.rivals:
             check(case)

@@ -34,12 +34,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
+from mtrain.bench.cases import cases_named
 from mtrain.config import Config, check_config
 from mtrain.data.batch import Batch, Grid
 from mtrain.data.prepare import prepare, read_source
-from mtrain.errors import UserError, nearest
+from mtrain.errors import UserError
 from mtrain.model.heads import HeadBank
-from mtrain.model.trunks import SharedModel, build_shared
+from mtrain.model.trunks import SharedModel, shared_network
 from mtrain.parallel.plan import Collective, wire_bytes
 from mtrain.parallel.shard import Shard
 from mtrain.parallel.world import World, count_gradients
@@ -181,7 +182,7 @@ def make_contenders(case: Case, path: Path) -> tuple[Trainer, Contender, Contend
         return totals.loss
 
     sent: Counter[str] = Counter()
-    shared = build_shared(config.model, data.inputs.width, config.train.seed)
+    shared = shared_network(config, data.widths, data.tasks.names)
     bank = build_bank(data.tasks, config, shared)
     everything = Everything(shared, bank, data.tasks.names.index(LARGE) if case.classes > 1 else None).to(device)
     model: nn.Module = everything
@@ -302,11 +303,7 @@ def run(json_path: Path | None = None, cases: Sequence[str] | None = None) -> li
     (parameters and moments) in MB, `_ddp` those of DDP of everything; `collectives_mb` are payloads, of what is reduced,
     gathered, scattered or handed in.
     """
-    known = {case.name: case for case in CASES}
-    for name in cases or ():
-        if name not in known:
-            raise UserError(f"there is no case '{name}'{nearest(name, known)}")
-    chosen, results = [known[name] for name in cases or known], []
+    chosen, results = cases_named(CASES, cases), []
     with tempfile.TemporaryDirectory() as folder:
         for case in chosen:
             pq.write_table(make_table(case), Path(folder) / f"{case.name}.parquet")
