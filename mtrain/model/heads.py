@@ -1,12 +1,15 @@
 """All heads of all tasks as a handful of stacked tensors.
 
-Heads of one kind and of similar output size form a `HeadGroup`: for each layer one weight `[T_g, out, in]` and one bias
+Heads of one kind, of one form and of similar size form a `HeadGroup`: for each layer one weight `[T_g, out, in]` and one bias
 `[T_g, out]`. Two kernels compute the same function:
 
-- *grid*: every head on every row. All heads read the same input, so the first layer is one GEMM with a `[T_g*out, in]`
-  view of its weight; deeper layers are batched products over tasks.
+- *grid*: every head on every row. All heads of a group read the same feature, so the first layer is one GEMM with a
+  `[T_g*out, in]` view of its weight; deeper layers are batched products over tasks.
 - *routed*: every row (or label) belongs to one task. Rows are sorted by task and padded to segments; each layer is a
   batched product over the *active* tasks only.
+
+Before the first layer a head may mix experts by a gate of its own, scale and shift what it reads, and read the logits of
+other heads for the same row (its *parents*), which then run on its rows too.
 
 A trainer's step is: `bank.route`, then for each route `group.gather` and `group.routed`, the loss, one
 `torch.autograd.grad` with respect to `z` and the gathered parameters, and `HeadAdamW.step` with the gradients.
@@ -15,32 +18,21 @@ A trainer's step is: `bank.route`, then for each route `group.gather` and `group
 from __future__ import annotations
 
 import hashlib
-import re
-from collections.abc import Callable, Collection, Hashable, Iterator, Sequence
-from dataclasses import dataclass, replace
-from itertools import pairwise, zip_longest
-from typing import Any, Literal, cast, get_args
+from collections.abc import Collection, Hashable, Iterator, Mapping, Sequence
+from itertools import zip_longest
+from math import prod
+from typing import cast, get_args
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from mtrain.errors import UserError, nearest
 from mtrain.model.dropout import keyed_dropout, mix64, unit_constants
-
-Activation = Literal["relu", "elu", "gelu", "silu", "tanh"]
-
-# In place where the derivative needs the output only.
-ACTIVATIONS: dict[str, tuple[Callable[[Tensor], Tensor], type[nn.Module]]] = {
-    "relu": (torch.relu_, nn.ReLU),
-    "elu": (F.elu_, nn.ELU),
-    "gelu": (F.gelu, nn.GELU),
-    "silu": (F.silu, nn.SiLU),
-    "tanh": (torch.tanh_, nn.Tanh),
-}
-
-MAX_WASTE = 0.3  # of a group's output parameters may be padding
+from mtrain.model.head_forms import Gate, HeadForm, Source, plan_groups
+from mtrain.model.head_kernels import PaddedRows, RowsFirst, SegmentLinear, gated_grid, split_columns
+from mtrain.model.head_modules import ACTIVATIONS, Activation, common_form, linears, to_module
+from mtrain.model.routes import Route, plan_fed_routes, plan_route
 
 
 def stable_hash(*parts: object) -> int:
@@ -49,218 +41,120 @@ def stable_hash(*parts: object) -> int:
     return int.from_bytes(digest, "little") >> 1
 
 
-def group_by_size(sizes: Sequence[int]) -> list[list[int]]:
-    """Positions of `sizes` in groups that, padded to their largest member, waste at most `MAX_WASTE`.
-
-    Greedy from the largest size down, whole sizes at a time: each group spans at least a factor of 1 / (1 - MAX_WASTE),
-    so their number grows with the logarithm of the largest size, not with the number of tasks.
-    """
-    groups: list[list[int]] = []
-    largest = used = count = 0
-    for size in sorted(set(sizes), reverse=True):
-        members = [i for i, s in enumerate(sizes) if s == size]
-        used, count = used + size * len(members), count + len(members)
-        if not groups or used < (1 - MAX_WASTE) * largest * count:
-            groups.append([])
-            largest, used, count = size, size * len(members), len(members)
-        groups[-1] += members
-    return [sorted(group) for group in groups]
-
-
-@dataclass(frozen=True)
-class Segment:
-    """Active heads `start:stop` of a route, each padded to `size` rows, which begin at row `offset`."""
-
-    start: int
-    stop: int
-    size: int
-    offset: int
-
-    @property
-    def heads(self) -> slice:
-        return slice(self.start, self.stop)
-
-    def rows(self, x_NI: Tensor) -> Tensor:
-        """This segment's rows of the padded layout `[N, I]`, as a view `[heads, size, I]`."""
-        heads = self.stop - self.start
-        return x_NI.narrow(0, self.offset, heads * self.size).view(heads, self.size, -1)
-
-
-@dataclass(frozen=True)
-class Route:
-    """Which rows the active heads of one group read, computed once for a batch by `HeadBank.route`.
-
-    P labels are sorted by active head; active heads are ordered by segment (similar numbers of labels), then by id.
-    """
-
-    group: int
-    label_P: Tensor  # positions in the batch's label arrays
-    row_P: Tensor  # rows of z
-    slot_P: Tensor  # the active head of each label, ascending
-    active_A: Tensor  # ids of the active heads inside the group
-    task_A: Tensor  # ids of the active heads in the bank
-    counts_A: Tensor  # labels of each active head
-    segments: tuple[Segment, ...]
-    padded_row_N: Tensor  # rows of z in the padded layout; padding repeats the head's own first row
-    padded_head_N: Tensor  # the head (id inside the group) of each padded row
-    place_P: Tensor  # position of each label in the padded layout
-
-    def to(self, device: torch.device | str) -> Route:
-        """The same route with its tensors on `device`."""
-        tensors = {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
-        moved: dict[str, Any] = {name: value.to(device, non_blocking=True) for name, value in tensors.items()}
-        return replace(self, **moved)
-
-
-def plan_route(group: int, local_P: Tensor, row_P: Tensor, label_P: Tensor, task_ids: Tensor, smallest: int) -> Route:
-    """The `Route` of one group's labels. `local_P` are task ids inside the group, `label_P` positions in the batch;
-    segments hold up to `smallest * 2**k` rows a head."""
-    active_A, slot_P, counts_A = torch.unique(local_P, return_inverse=True, return_counts=True)
-    bucket_A = (counts_A.double() / smallest).clamp(min=1).log2().ceil().long()
-    bucket_A, order_A = torch.sort(bucket_A, stable=True)
-    slot_P, order_P = torch.sort(torch.argsort(order_A)[slot_P], stable=True)
-    active_A, counts_A, row_P = active_A[order_A], counts_A[order_A], row_P[order_P]
-    size_A = torch.empty_like(counts_A)
-    segments, start, offset = [], 0, 0
-    for heads in torch.bincount(bucket_A).tolist():
-        if heads:
-            size = int(counts_A[start : start + heads].max())
-            segments.append(Segment(start, start + heads, size, offset))
-            size_A[start : start + heads] = size
-            start, offset = start + heads, offset + heads * size
-    first_A, padded_first_A = counts_A.cumsum(0) - counts_A, size_A.cumsum(0) - size_A
-    place_P = torch.arange(len(slot_P)) + (padded_first_A - first_A)[slot_P]
-    padded_row_N = row_P[first_A].repeat_interleave(size_A)
-    padded_row_N[place_P] = row_P
-    return Route(
-        group=group,
-        label_P=label_P[order_P],
-        row_P=row_P,
-        slot_P=slot_P,
-        active_A=active_A,
-        task_A=task_ids[active_A],
-        counts_A=counts_A,
-        segments=tuple(segments),
-        padded_row_N=padded_row_N,
-        padded_head_N=active_A.repeat_interleave(size_A),
-        place_P=place_P,
-    )
-
-
-class _PaddedRows(torch.autograd.Function):
-    """Rows of z in a route's padded layout; the gradients of padding are never read."""
-
-    @staticmethod
-    def forward(ctx: Any, z_BD: Tensor, route: Route) -> Tensor:
-        ctx.route, ctx.rows = route, len(z_BD)
-        return z_BD.index_select(0, route.padded_row_N)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_ND: Tensor) -> tuple[Tensor, None]:
-        grad_PD = grad_ND.index_select(0, ctx.route.place_P)
-        return grad_ND.new_zeros(ctx.rows, grad_ND.shape[1]).index_add_(0, ctx.route.row_P, grad_PD), None
-
-
-class _SegmentLinear(torch.autograd.Function):
-    """`x_n @ weight_a^T + bias_a` for each row n of active head a in the padded layout: x `[N, I]`, weight `[A, O, I]`,
-    bias `[A, O]`, result `[N, O]`. The seam for other kernels (`F.grouped_mm`): padded `baddbmm` for each segment here.
-
-    By hand because autograd's own backward of a split over segments copies the gradient of all weights once more.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, x_NI: Tensor, weight: Tensor, bias: Tensor, segments: tuple[Segment, ...]) -> Tensor:
-        ctx.save_for_backward(x_NI, weight)
-        ctx.segments = segments
-        out_NO = x_NI.new_empty(len(x_NI), weight.shape[1])
-        for s in segments:
-            torch.baddbmm(bias[s.heads, None], s.rows(x_NI), weight[s.heads].mT, out=s.rows(out_NO))
-        return out_NO
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_NO: Tensor) -> tuple[Tensor | None, Tensor, Tensor, None]:
-        x_NI, weight = ctx.saved_tensors
-        grad_NO = grad_NO.contiguous()
-        grad_x = torch.empty_like(x_NI) if ctx.needs_input_grad[0] else None
-        grad_weight, grad_bias = torch.empty_like(weight), weight.new_empty(weight.shape[:2])
-        for s in ctx.segments:
-            grad = s.rows(grad_NO)
-            if grad_x is not None:
-                torch.bmm(grad, weight[s.heads], out=s.rows(grad_x))
-            torch.bmm(grad.mT, s.rows(x_NI), out=grad_weight[s.heads])
-            torch.sum(grad, 1, out=grad_bias[s.heads])
-        return grad_x, grad_weight, grad_bias, None
-
-
-class _RowsFirst(torch.autograd.Function):
-    """`[T, O, B]` to `[B, T, O]`, contiguous in both directions: batched products of permuted gradients are slow."""
-
-    @staticmethod
-    def forward(ctx: Any, x_TOB: Tensor) -> Tensor:
-        return x_TOB.permute(2, 0, 1).contiguous()
-
-    @staticmethod
-    def backward(ctx: Any, grad_BTO: Tensor) -> Tensor:
-        return grad_BTO.permute(1, 2, 0).contiguous()
-
-
 class HeadGroup(nn.Module):
-    """Heads of one kind, stacked; outputs padded to the largest head with zeros that never move.
+    """Heads of one kind and form, stacked; layers padded to the largest head with zeros that never move.
 
     Args:
         names: the tasks' names.
+        forms: what each head is.
         sizes: number of outputs of each.
         task_ids: their positions in the bank.
-        widths: input, hidden and (padded) output widths.
+        widths: of the layers, padded.
+        source: what the heads read.
+        scale_shift: whether each head scales and shifts the features that it reads.
 
     Attributes:
         weights, biases: for each layer a stack `[T_g, out, in]` and `[T_g, out]`; `parameters()` gives weights first.
+        inputs: of the first layer's input, behind these: `scale`, `shift` `[T_g, D]`, `gate_weight` `[T_g, E, D_by]`,
+            `gate_bias` `[T_g, E]`, where heads have them.
         pad_TO: true at outputs that are padding; None where there is none.
     """
 
     task_ids: Tensor
     sizes: Tensor
     pad_TO: Tensor | None
+    closed_TE: Tensor | None
 
     def __init__(
         self,
         names: Sequence[str],
+        forms: Sequence[HeadForm],
         sizes: Sequence[int],
         task_ids: Sequence[int],
         widths: Sequence[int],
+        source: Source,
         activation: Activation,
         dropout: float,
         seed: int,
+        scale_shift: bool = False,
     ):
         super().__init__()
-        self.names, self.outputs = list(names), widths[-1]
+        self.names, self.outputs, self.source = list(names), widths[-1], source
         self.activation, self.dropout = activation, dropout
+        self.plain = not (source.parents or source.experts or scale_shift)
         self.register_buffer("task_ids", torch.tensor(task_ids, dtype=torch.int64), persistent=False)
         self.register_buffer("sizes", torch.tensor(sizes, dtype=torch.int64), persistent=False)
-        pad_TO = torch.arange(self.outputs) >= self.sizes[:, None]
-        self.register_buffer("pad_TO", pad_TO if pad_TO.any() else None, persistent=False)
+        self.widths = [form.widths(size) for form, size in zip(forms, sizes, strict=True)]
+        """Of each head's layers, without padding."""
+        self.ragged = any(isinstance(width, str) for form in forms[:1] for width in form.hidden)
+        """Whether hidden layers may be padded."""
+        self.combine = [form.combine for form in forms]
+        self.fixed = any(weights is not None for weights in self.combine)
+        """Whether heads have weights that are not trained: all of a group or none."""
+        for layer, width in enumerate(widths):
+            own_T = torch.tensor([own[layer] for own in self.widths], dtype=torch.int64)
+            pad = torch.arange(width) >= own_T[:, None]
+            name = "pad_TO" if layer == len(widths) - 1 else f"pad_{layer}"
+            self.register_buffer(name, pad if pad.any() else None, persistent=False)
         self.weights, self.biases = nn.ParameterList(), nn.ParameterList()
-        for d_in, d_out in pairwise(widths):
+        for d_in, d_out in zip((source.in_features, *widths), widths, strict=False):
             self.weights.append(nn.Parameter(torch.zeros(len(names), d_out, d_in)))
             self.biases.append(nn.Parameter(torch.zeros(len(names), d_out)))
+        self.inputs = nn.ParameterDict()
+        if scale_shift:
+            self.inputs["scale"] = nn.Parameter(torch.ones(len(names), source.width))
+            self.inputs["shift"] = nn.Parameter(torch.zeros(len(names), source.width))
+        if source.experts:
+            by = source.by.stop - source.by.start
+            self.inputs["gate_weight"] = nn.Parameter(torch.zeros(len(names), source.experts, by))
+            self.inputs["gate_bias"] = nn.Parameter(torch.zeros(len(names), source.experts))
+        chosen = [range(source.experts) if form.experts is None else form.experts for form in forms]
+        closed_TE = torch.tensor([[e not in of_one for e in range(source.experts)] for of_one in chosen], dtype=torch.bool)
+        self.register_buffer("closed_TE", closed_TE if closed_TE.any() else None, persistent=False)
         self.reset_parameters(seed)
-        for layer, width in enumerate(widths[1:-1] if dropout else ()):
+        for layer, width in enumerate(widths[:-1] if dropout else ()):
             salt_T = torch.tensor([stable_hash("dropout", name, layer) for name in names], dtype=torch.int64)
             self.register_buffer(f"constants_{layer}", unit_constants(salt_T, width), persistent=False)
 
     @torch.no_grad()
     def reset_parameters(self, seed: int) -> None:
-        """Each head as `nn.Linear` begins: uniform within 1/sqrt(fan_in), seeded by (seed, name, layer) alone."""
+        """Each head as `nn.Linear` begins: uniform within 1/sqrt(fan_in), seeded by (seed, name, layer) alone. Scales begin
+        at 1, shifts at 0. Fixed heads have the weights that they combine their parents by."""
+        if self.fixed:
+            for head, (weights, size) in enumerate(zip(self.combine, self.sizes.tolist(), strict=True)):
+                start = 0
+                for weight, (_, outputs) in zip(weights or (), self.source.parents, strict=True):
+                    self.weights[0][head, :size, start : start + size] = weight * torch.eye(size)
+                    start += outputs
+            return
         for layer, (weight, bias) in enumerate(zip(self.weights, self.biases, strict=True)):
-            last = layer == len(self.weights) - 1
-            bound = weight.shape[2] ** -0.5
-            for head, name in enumerate(self.names):
-                out = int(self.sizes[head]) if last else weight.shape[1]
-                generator = torch.Generator().manual_seed(stable_hash(seed, name, layer))
-                weight[head, :out].uniform_(-bound, bound, generator=generator)
-                bias[head, :out].uniform_(-bound, bound, generator=generator)
+            for head, (name, own) in enumerate(zip(self.names, self.widths, strict=True)):
+                fan_in = own[layer - 1] if layer else self.source.in_features
+                _reset(weight[head, : own[layer], :fan_in], bias[head, : own[layer]], stable_hash(seed, name, layer))
+        if self.source.experts:
+            for name, weight, bias in zip(self.names, self.inputs["gate_weight"], self.inputs["gate_bias"], strict=True):
+                _reset(weight, bias, stable_hash(seed, name, "gate"))
+
+    def padding(self) -> list[Tensor | None]:
+        """For each of `parameters()`, true at padding, in a shape that broadcasts; None where there is none."""
+        layers = len(self.weights)
+        outs = [self.pad_TO if layer == layers - 1 else getattr(self, f"pad_{layer}") for layer in range(layers)]
+        weights: list[Tensor | None] = []
+        for before, after in zip([None, *outs], outs, strict=False):
+            pads = [before[:, None]] if before is not None else []
+            pads += [after[..., None]] if after is not None else []
+            weights.append(pads[0] | pads[-1] if pads else None)
+        return [*weights, *outs, *[None] * len(self.inputs)]
+
+    def first_weight(self) -> Tensor:
+        """The first layer's weight as a function of all of z, scales folded in, `[T_g, H, z_width]`."""
+        weight = self.weights[0].detach()
+        return self.widened(weight * self.inputs["scale"].detach()[:, None] if "scale" in self.inputs else weight)
+
+    def widened(self, x: Tensor) -> Tensor:
+        """Values of the columns of z that these heads read, in the last dimension, with 0 for all others."""
+        columns, width = self.source.columns, self.source.z_width
+        return x if x.shape[-1] == width else F.pad(x, (columns.start, width - columns.stop))
 
     def gather(self, active_A: Tensor) -> list[Tensor]:
         """The parameters of the heads `active_A` `[A, ...]`, to differentiate by: detached copies, or the parameters
@@ -271,26 +165,66 @@ class HeadGroup(nn.Module):
             return stacks
         return [stack.detach().index_select(0, active_A).requires_grad_() for stack in stacks]
 
-    def _hidden(self, x: Tensor, layer: int, keys: Tensor | None, heads: Tensor | slice, shape: Sequence[int]) -> Tensor:
-        """Activation and dropout after hidden layer `layer`, by the unit constants of `heads`, viewed as `shape`."""
-        x = ACTIVATIONS[self.activation][0](x)
+    def _hidden(
+        self, x: Tensor, layer: int, keys: Tensor | None, heads: Tensor | slice, shape: Sequence[int], keep: bool = False
+    ) -> Tensor:
+        """Activation (in place, unless x is to be kept) and dropout after hidden layer `layer`, by the unit constants of
+        `heads`, viewed as `shape`."""
+        in_place, module = ACTIVATIONS[self.activation]
+        x = module()(x) if keep else in_place(x)
         if keys is None or not self.training or not self.dropout:
             return F.dropout(x, self.dropout, self.training)
         constants = self.get_buffer(f"constants_{layer}")[heads].view(shape)
         return keyed_dropout(x, mix64(keys + layer), constants, self.dropout)
 
-    def grid_first(self, z_BD: Tensor, params: Sequence[Tensor]) -> Tensor:
-        """The first layer of all heads on every row, before its activation: `[A * H, B]`, task-major."""
-        return torch.addmm(params[len(self.weights)].reshape(-1, 1), params[0].flatten(0, 1), z_BD.t())
+    def _of_inputs(self, params: Sequence[Tensor]) -> dict[str, Tensor]:
+        return dict(zip(self.inputs, params[2 * len(self.weights) :], strict=True))
 
-    def grid_rest(self, x: Tensor, params: Sequence[Tensor], keys_B: Tensor | None, heads: Tensor | slice) -> Tensor:
-        """Logits `[B, A, O]` from what `grid_first` gives."""
+    def _columns(self, z_BD: Tensor) -> Tensor:
+        columns = self.source.columns
+        return z_BD if columns == slice(0, self.source.z_width) else z_BD[:, columns]
+
+    def grid_first(
+        self, z_BD: Tensor, params: Sequence[Tensor], heads: Tensor | slice = slice(None), parents: Sequence[Tensor] = ()
+    ) -> Tensor:
+        """The first layer of all heads on every row, before its activation: `[A * H, B]`, task-major.
+
+        `parents` are the logits `[A, O_p, B]` that the heads read. Scales and shifts are folded into weight and bias, which
+        needs no copy of the features for each task.
+        """
+        weight, bias = params[0], params[len(self.weights)]
+        z_BD = self._columns(z_BD)
+        if self.plain:
+            return torch.addmm(bias.reshape(-1, 1), weight.flatten(0, 1), z_BD.t())
+        source, given, rows = self.source, self._of_inputs(params), z_BD.shape[0]  # len() would be a constant when exported
+        own = weight[..., : source.width] if parents else weight
+        if "scale" in given:
+            bias = torch.baddbmm(bias[..., None], own, given["shift"][..., None]).squeeze(2)
+            own = own * given["scale"][:, None]
+        if source.experts:
+            gate_bias, gate_weight = given["gate_bias"].reshape(-1, 1), given["gate_weight"].flatten(0, 1)
+            logits_AEB = torch.addmm(gate_bias, gate_weight, z_BD[:, source.by].t()).view(len(own), source.experts, rows)
+            if self.closed_TE is not None:
+                logits_AEB = logits_AEB.masked_fill(self.closed_TE[heads][..., None], -torch.inf)
+            experts_BED = z_BD[:, source.read].unflatten(1, (source.experts, source.width))
+            x = gated_grid(experts_BED, logits_AEB.softmax(1), own, bias)
+        else:
+            x = torch.addmm(bias.reshape(-1, 1), own.flatten(0, 1), z_BD.t())
+        if parents:
+            x = torch.baddbmm(x.view(*bias.shape, rows), weight[..., source.width :], torch.cat(list(parents), 1))
+        return x.view(bias.numel(), rows)
+
+    def grid_rest(
+        self, x: Tensor, params: Sequence[Tensor], keys_B: Tensor | None, heads: Tensor | slice, keep: bool = False
+    ) -> Tensor:
+        """Logits `[B, A, O]` from what `grid_first` gives, which is overwritten unless it is to be kept."""
         layers, rows = len(self.weights), x.shape[-1]
-        weights, biases = params[:layers], params[layers:]
+        weights, biases = params[:layers], params[layers : 2 * layers]
         for layer in range(1, layers):
-            x = self._hidden(x, layer - 1, keys_B, heads, (*x.shape[:-1], 1)).view(*biases[layer - 1].shape, rows)
+            x = self._hidden(x, layer - 1, keys_B, heads, (*x.shape[:-1], 1), keep and layer == 1)
+            x = x.view(*biases[layer - 1].shape, rows)
             x = torch.baddbmm(biases[layer][:, :, None], weights[layer], x)
-        logits_BAO = _RowsFirst.apply(x.view(*biases[-1].shape, rows))
+        logits_BAO = RowsFirst.apply(x.view(*biases[-1].shape, rows))
         return logits_BAO if self.pad_TO is None else logits_BAO.masked_fill(self.pad_TO[heads], 0)
 
     def grid(
@@ -299,6 +233,7 @@ class HeadGroup(nn.Module):
         params: Sequence[Tensor] | None = None,
         keys_B: Tensor | None = None,
         active_A: Tensor | None = None,
+        parents: Sequence[Tensor] = (),
     ) -> Tensor:
         """Logits `[B, A, O]` of every row for the heads `active_A` (all without it), whose `params` may stand in.
 
@@ -309,33 +244,61 @@ class HeadGroup(nn.Module):
         if params is None:
             stacks = list(self.parameters())
             params = stacks if active_A is None else [stack.index_select(0, active_A) for stack in stacks]
-        return self.grid_rest(self.grid_first(z_BD, params), params, keys_B, heads)
+        return self.grid_rest(self.grid_first(z_BD, params, heads, parents), params, keys_B, heads)
 
     def routed(
         self, z_BD: Tensor, route: Route, params: Sequence[Tensor] | None = None, keys_B: Tensor | None = None
     ) -> Tensor:
         """Logits `[P, O]` of each label's row for its own head, in the route's order; `params` as `gather` gives."""
-        return self.routed_rest(self.routed_first(z_BD, route), route, params, keys_B)
+        return self.of_labels(self.routed_rest(self.routed_first(z_BD, route), route, params, keys_B), route)
 
     def routed_first(self, z_BD: Tensor, route: Route) -> Tensor:
         """The rows that each head reads, in the padded layout: `[N, D]`."""
-        return _PaddedRows.apply(z_BD, route)
+        return PaddedRows.apply(self._columns(z_BD), route)
 
-    def routed_rest(self, x: Tensor, route: Route, params: Sequence[Tensor] | None, keys_B: Tensor | None) -> Tensor:
-        """Logits `[P, O]` from what `routed_first` gives."""
+    def routed_rest(
+        self,
+        x: Tensor,
+        route: Route,
+        params: Sequence[Tensor] | None,
+        keys_B: Tensor | None,
+        parents: Sequence[Tensor] = (),
+    ) -> Tensor:
+        """Logits `[N, O]` in the padded layout, from what `routed_first` gives and the parents' logits `[N, O_p]`."""
         if params is None:
             params = [stack.index_select(0, route.active_A) for stack in self.parameters()]
         if torch.is_autocast_enabled(x.device.type):
             dtype = torch.get_autocast_dtype(x.device.type)
             x, params = x.to(dtype), [stack.to(dtype) for stack in params]
+        if not self.plain:
+            x = self._routed_input(x, route, self._of_inputs(params), parents)
         keys_N1 = None if keys_B is None else keys_B[route.padded_row_N, None]
         layers = len(self.weights)
         for layer in range(layers):
             if layer:
                 x = self._hidden(x, layer - 1, keys_N1, route.padded_head_N, x.shape)
-            x = _SegmentLinear.apply(x, params[layer], params[layers + layer], route.segments)
-        logits_PO = x.index_select(0, route.place_P)
+            x = SegmentLinear.apply(x, params[layer], params[layers + layer], route.segments)
+        return x
+
+    def of_labels(self, out_NO: Tensor, route: Route) -> Tensor:
+        """The logits `[P, O]` of the labels, from those of the padded layout; 0 where they are padding."""
+        logits_PO = out_NO.index_select(0, route.place_P)
         return logits_PO if self.pad_TO is None else logits_PO.masked_fill(self.pad_TO[route.active_A[route.slot_P]], 0)
+
+    def _routed_input(self, x_ND: Tensor, route: Route, given: Mapping[str, Tensor], parents: Sequence[Tensor]) -> Tensor:
+        """What the first layer reads `[N, I]`, of the padded rows of z."""
+        source, read = self.source, x_ND
+        if source.experts:
+            read, by = split_columns(x_ND, source.read, source.by)
+            logits_NE = SegmentLinear.apply(by, given["gate_weight"], given["gate_bias"], route.segments)
+            if self.closed_TE is not None:
+                logits_NE = logits_NE.masked_fill(self.closed_TE[route.padded_head_N], -torch.inf)
+            gate_NE = logits_NE.softmax(1)
+            read = torch.bmm(gate_NE.unsqueeze(1), read.unflatten(1, (source.experts, source.width))).squeeze(1)
+        if "scale" in given:
+            slot_N = route.padded_slot_N
+            read = torch.addcmul(given["shift"][slot_N], read, given["scale"][slot_N])
+        return torch.cat([read, *(logits.to(read.dtype) for logits in parents)], 1) if parents else read
 
 
 class HeadBank(nn.Module):
@@ -347,21 +310,28 @@ class HeadBank(nn.Module):
     Args:
         names: the tasks' names, distinct; a head's initial values depend on `seed` and its name only.
         outputs: number of outputs of each task.
-        in_features: width of the features z.
-        hidden: widths of the heads' hidden layers.
+        in_features: width of the features z; or where they are several side by side, the shape of a row of each by name,
+            `(D,)` or `(E, D)`.
+        hidden: widths of the heads' hidden layers; "2x" is twice the head's outputs.
         activation: after each hidden layer.
         dropout: probability of zeroing a hidden unit in training.
         keys: the kind of each task; only tasks of equal keys share a group.
         seed: of the initial values.
         here: positions in `names` of the heads to hold, ascending; None: all. Groups and their padding are those of all
             tasks, so that they correspond on every rank; a group may hold no head. `names` are then the held ones.
+        forms: what each head is; None: all have hidden layers `hidden` and read the only feature.
+        gate: mixes experts for each head that reads them.
+        scale_shift: each head scales and shifts the features that it reads, by parameters `[D]` of its own (feature-wise
+            transformations: Perez et al. 2018, arXiv:1709.07871, equation 2, with a parameter for each task).
 
     Attributes:
         groups: the `HeadGroup`s. `group.task_ids` are positions in `names`.
         group_T, local_T: each task's group, and its place in that group.
+        order: the numbers of the groups, those of parents before those of their children.
+        parents: of each group, for each of its heads' parents: the group that it is in, and ids there `[T_g]`.
 
     Raises:
-        UserError: where names repeat, or a number of outputs or an option cannot be.
+        UserError: where names repeat, or a number of outputs, an option or a form cannot be.
     """
 
     groups: Sequence[HeadGroup]
@@ -372,22 +342,27 @@ class HeadBank(nn.Module):
         self,
         names: Sequence[str],
         outputs: Sequence[int],
-        in_features: int,
+        in_features: int | Mapping[str, tuple[int, ...]],
         *,
-        hidden: Sequence[int] = (),
+        hidden: Sequence[int | str] = (),
         activation: Activation = "relu",
         dropout: float = 0.0,
         keys: Sequence[Hashable] | None = None,
         seed: int = 0,
         here: Sequence[int] | None = None,
+        forms: Sequence[HeadForm] | None = None,
+        gate: Gate | None = None,
+        scale_shift: bool = False,
     ):
         super().__init__()
-        self.names, self.outputs, self.in_features = list(names), list(outputs), in_features
-        self.hidden, self.activation, self.dropout = tuple(hidden), activation, dropout
+        features = {"features": (in_features,)} if isinstance(in_features, int) else dict(in_features)
+        self.names, self.outputs, self.in_features = list(names), list(outputs), sum(map(prod, features.values()))
+        self.hidden, self.activation, self.dropout, self.scale_shift = tuple(hidden), activation, dropout, scale_shift
         keys = [None] * len(self.names) if keys is None else keys
-        if not len(self.names) == len(self.outputs) == len(keys):
+        forms = [HeadForm(self.hidden)] * len(self.names) if forms is None else forms
+        if not len(self.names) == len(self.outputs) == len(keys) == len(forms):
             raise UserError(
-                f"{len(self.names)} names, {len(self.outputs)} numbers of outputs and {len(keys)} keys: "
+                f"{len(self.names)} names, {len(self.outputs)} numbers of outputs, {len(keys)} keys and {len(forms)} forms: "
                 "expected as many of each"
             )
         if len(set(self.names)) < len(self.names):
@@ -400,20 +375,28 @@ class HeadBank(nn.Module):
             raise UserError(f"activation '{activation}' is unknown{nearest(activation, get_args(Activation))}")
         if not 0 <= dropout < 1:
             raise UserError(f"dropout is {dropout}: expected a probability, at least 0 and below 1")
-        members = [[i for i, k in enumerate(keys) if k == key] for key in dict.fromkeys(keys)]
-        grouped = [[ids[i] for i in group] for ids in members for group in group_by_size([self.outputs[i] for i in ids])]
-        widths = (in_features, *self.hidden)
-        largest = [max(ids, key=lambda i: self.outputs[i]) for ids in grouped]
-        self.seed, self._largest = seed, [(self.names[i], self.outputs[i]) for i in largest]
-        if here is not None:
-            place = {i: place for place, i in enumerate(here)}
-            grouped = [[place[i] for i in ids if i in place] for ids in grouped]
-            self.names, self.outputs = [self.names[i] for i in here], [self.outputs[i] for i in here]
+        plans = plan_groups(self.names, self.outputs, forms, keys, features, gate)
+        largest = [max(plan.ids, key=lambda i: self.outputs[i]) for plan in plans]
+        self.seed, self._largest = seed, [(self.names[i], forms[i], self.outputs[i]) for i in largest]
+        place = {i: place for place, i in enumerate(range(len(self.names)) if here is None else here)}
+        grouped = [[place[i] for i in plan.ids if i in place] for plan in plans]
+        self.names, self.outputs = [self.names[i] for i in place], [self.outputs[i] for i in place]
+        self.forms = [forms[i] for i in place]
+        """Of each head; parents are positions among all tasks."""
         groups = (
             HeadGroup(
-                [self.names[i] for i in ids], [self.outputs[i] for i in ids], ids, (*widths, out), activation, dropout, seed
+                [self.names[i] for i in ids],
+                [self.forms[i] for i in ids],
+                [self.outputs[i] for i in ids],
+                ids,
+                plan.widths,
+                plan.source,
+                activation,
+                dropout,
+                seed,
+                scale_shift,
             )
-            for ids, out in zip(grouped, [out for _, out in self._largest], strict=True)
+            for ids, plan in zip(grouped, plans, strict=True)
         )
         self.groups = cast(Sequence[HeadGroup], nn.ModuleList(groups))
         group_T, local_T = torch.empty(2, len(self.names), dtype=torch.int64)
@@ -422,29 +405,64 @@ class HeadBank(nn.Module):
             local_T[ids] = torch.arange(len(ids))
         # plain attributes, not buffers: routes are computed on the CPU
         self.ids = [torch.tensor(ids, dtype=torch.int64) for ids in grouped]
+        self.first_ids = [ids[0] if ids else 0 for ids in grouped]
         self.group_T, self.local_T = group_T, local_T
+        self.parents: list[list[tuple[int, Tensor]]] = []
+        for ids, plan in zip(grouped, plans, strict=True):
+            parents = [[place[self.forms[i].parents[k]] for i in ids] for k in range(len(plan.source.parents))]
+            of_group = zip(plan.source.parents, parents, strict=True)
+            self.parents.append([(number, local_T[torch.tensor(at, dtype=torch.int64)]) for (number, _), at in of_group])
+        self.order: list[int] = []
+        while len(self.order) < len(plans):
+            ready = [n for n, plan in enumerate(plans) if all(parent in self.order for parent, _ in plan.source.parents)]
+            self.order += [n for n in ready if n not in self.order]
 
     def common_start(self, number: int) -> list[Tensor]:
         """How the largest head of a group begins, on whichever rank it is: what heads that are pulled together start from."""
-        group, (name, outputs) = self.groups[number], self._largest[number]
-        widths = (self.in_features, *self.hidden, outputs)
-        one = HeadGroup([name], [outputs], [0], widths, self.activation, 0.0, self.seed)
+        group, (name, form, outputs) = self.groups[number], self._largest[number]
+        widths, source = form.widths(outputs), group.source
+        one = HeadGroup([name], [form], [outputs], [0], widths, source, self.activation, 0.0, self.seed, self.scale_shift)
         device = group.weights[0].device
         return [stack[0].detach().to(device) for stack in one.parameters()]
 
     def route(self, task_P: Tensor, row_P: Tensor | None = None) -> list[Route]:
-        """A `Route` for each group that has labels. `task_P`: each label's task (position in `names`); `row_P`: its row
-        of z (by default label i reads row i). Both int64 [P] on the CPU. Cost grows with P, not with T."""
+        """A `Route` for each group that has labels, or feeds one. `task_P`: each label's task (position in `names`); `row_P`:
+        its row of z (by default label i reads row i). Both int64 [P] on the CPU. Cost grows with P, not with T."""
         row_P = torch.arange(len(task_P)) if row_P is None else row_P
         group_P, local_P = self.group_T[task_P], self.local_T[task_P]
-        routes = []
+        entries, smallest = {}, []
         for index, group in enumerate(self.groups):
             label_P = torch.arange(len(task_P)) if len(self.groups) == 1 else (group_P == index).nonzero().squeeze(1)
             if len(label_P):
-                first_width = group.weights[0].shape[1]
-                smallest = min(8, 1 << first_width.bit_length() - 1)
-                routes.append(plan_route(index, local_P[label_P], row_P[label_P], label_P, self.ids[index], smallest))
-        return routes
+                entries[index] = local_P[label_P], row_P[label_P], label_P
+            first_width = group.weights[0].shape[1]
+            smallest.append(min(8, 1 << first_width.bit_length() - 1))
+        if any(self.parents):
+            return plan_fed_routes(entries, self.order, self.parents, self.ids, smallest)
+        return [plan_route(index, *entry, self.ids[index], smallest[index]) for index, entry in entries.items()]
+
+    def grid_parents(self, number: int, logits: Mapping[int, Tensor]) -> list[Tensor]:
+        """What the heads of a group read of their parents `[A, O_p, B]`, from the logits `[B, A, O]` of groups."""
+        widths = [outputs for _, outputs in self.groups[number].source.parents]
+        of_group = zip(self.parents[number], widths, strict=True)
+        return [logits[parent][:, local_T, :outputs].permute(1, 2, 0) for (parent, local_T), outputs in of_group]
+
+    def routed_parents(self, route: Route, out: Mapping[int, Tensor]) -> list[Tensor]:
+        """What the active heads of a route read of their parents `[N, O_p]`, from `routed_rest`'s logits of groups."""
+        if route.parent_KN is None:
+            return []
+        of_group = zip(self.groups[route.group].source.parents, route.parent_KN, strict=True)
+        return [out[parent].index_select(0, place_N)[:, :outputs] for (parent, outputs), place_N in of_group]
+
+    def beyond_taps(self, grid: bool) -> str | None:
+        """Why the gradient of a task at z is not that at its own tap alone, in words; None where it is. In a grid the first
+        layer is the tap, which must be linear in z."""
+        for group, (name, _, _) in zip(self.groups, self._largest, strict=True):
+            if group.source.parents:
+                return f"task '{name}' reads the logits of another task, whose head its gradient passes through too"
+            if grid and group.source.experts:
+                return f"task '{name}' mixes experts by a gate, which is not linear in the features"
+        return None
 
     def forward(self, z_BD: Tensor, task_B: Tensor | None = None, keys_B: Tensor | None = None) -> Tensor:
         """Logits `[B, T, O_max]` of all heads, or with `task_B` (each row's task) `[B, O_max]` of each row's own head.
@@ -452,73 +470,70 @@ class HeadBank(nn.Module):
         Logits beyond a task's outputs are 0 and pass no gradient. `keys_B` (`dropout.row_keys`) keys the dropout masks.
         """
         width = max(self.outputs)
+        found: dict[int, Tensor] = {}
         if task_B is None:
-            parts = [F.pad(group.grid(z_BD, None, keys_B), (0, width - group.outputs)) for group in self.groups]
+            for number in self.order:
+                parents = self.grid_parents(number, found)
+                found[number] = self.groups[number].grid(z_BD, None, keys_B, parents=parents)
+            parts = [F.pad(found[number], (0, width - group.outputs)) for number, group in enumerate(self.groups)]
             if len(parts) == 1:
                 return parts[0]
             order_T = torch.argsort(torch.cat([group.task_ids for group in self.groups]))
             return torch.cat(parts, 1).index_select(1, order_T)
-        routes = [route.to(z_BD.device) for route in self.route(task_B.cpu())]
+        routes = {route.group: route.to(z_BD.device) for route in self.route(task_B.cpu())}
         if not routes:
             return z_BD.new_zeros(0, width) + z_BD.sum()
-        groups = [self.groups[route.group] for route in routes]
-        parts = [
-            F.pad(group.routed(z_BD, route, None, keys_B), (0, width - group.outputs))
-            for group, route in zip(groups, routes, strict=True)
-        ]
-        return torch.cat(parts).index_select(0, torch.argsort(torch.cat([route.label_P for route in routes])))
+        for number in self.order:
+            if number in routes:
+                route, group = routes[number], self.groups[number]
+                parents = self.routed_parents(route, found)
+                found[number] = group.routed_rest(group.routed_first(z_BD, route), route, None, keys_B, parents)
+        parts = []
+        for number, route in routes.items():
+            group = self.groups[number]
+            parts.append(F.pad(group.of_labels(found[number], route), (0, width - group.outputs)))
+        return torch.cat(parts).index_select(0, torch.argsort(torch.cat([route.label_P for route in routes.values()])))
 
     @classmethod
     def from_modules(cls, heads: nn.ModuleList | nn.ModuleDict) -> HeadBank:
         """The bank of separately built heads, with copies of their weights: each an `nn.Linear` or an
-        `nn.Sequential(Linear, activation, [Dropout], ..., Linear)`, all of the same widths but for their outputs.
+        `nn.Sequential(Linear, activation, [Dropout], ..., Linear)`, all of the same widths but for their outputs; hidden
+        layers may also all be as wide as the same multiple of the outputs.
 
         Raises:
             UserError: naming the first head that is something else or does not fit the others.
         """
         named = list(heads.items() if isinstance(heads, nn.ModuleDict) else ((str(i), head) for i, head in enumerate(heads)))
-        shapes = [_head_shape(name, head) for name, head in named]
-        if not shapes:
-            raise UserError("there are no heads to convert: expected at least one")
-        (widths, activation, dropout), first = shapes[0], named[0][0]
-        for (name, _), shape in zip(named, shapes, strict=True):
-            if (shape[0][:-1], *shape[1:]) != (widths[:-1], activation, dropout):
-                raise UserError(
-                    f"head '{name}' has (widths, activation, dropout) {shape}, head '{first}' has {shapes[0]}: "
-                    "expected to differ in their outputs only"
-                )
-        names, outputs = [name for name, _ in named], [shape[0][-1] for shape in shapes]
-        bank = cls(names, outputs, widths[0], hidden=widths[1:-1], activation=activation or "relu", dropout=dropout)
+        in_features, form, outputs, activation, dropout = common_form(named)
+        names = [name for name, _ in named]
+        bank = cls(names, outputs, in_features, hidden=form.hidden, activation=activation or "relu", dropout=dropout)
         bank.to(next(named[0][1].parameters()))
         with torch.no_grad():
-            for (_, head), (weights, biases) in zip(named, bank._heads(), strict=True):
-                for linear, weight, bias in zip(_linears(head), weights, biases, strict=True):
+            for (_, head), (weights, biases, _) in zip(named, bank._heads(), strict=True):
+                for linear, weight, bias in zip(linears(head), weights, biases, strict=True):
                     weight.copy_(linear.weight)
                     bias.copy_(linear.bias)
         return bank
 
     @torch.no_grad()
     def to_modules(self) -> nn.ModuleDict:
-        """Each head as an `nn.Sequential` (an `nn.Linear` without hidden layers) with a copy of its weights, by name.
+        """Each head as an `nn.Sequential` (an `nn.Linear` without hidden layers) with a copy of its weights, by name. It reads
+        the feature that the head reads.
 
         Raises:
-            UserError: naming a task that `nn.ModuleDict` cannot hold (with a dot, empty, or one of its own attributes).
+            UserError: naming a task that `nn.ModuleDict` cannot hold (with a dot, empty, or one of its own attributes), or
+                whose head is more than layers.
         """
-        modules = nn.ModuleDict()
-        for name, (weights, biases) in zip(self.names, self._heads(), strict=True):
-            layers: list[nn.Module] = []
-            for weight, bias in zip(weights, biases, strict=True):
-                if layers:
-                    layers.append(ACTIVATIONS[self.activation][1]())
-                    layers += [nn.Dropout(self.dropout)] if self.dropout else []
-                linear = nn.utils.skip_init(
-                    nn.Linear, weight.shape[1], weight.shape[0], device=weight.device, dtype=weight.dtype
+        for group in self.groups:
+            if not group.plain and group.names:
+                what = "a gate" if group.source.experts else "parents" if group.source.parents else "a scale and shift"
+                raise UserError(
+                    f"the head of task '{group.names[0]}' has {what}, which an nn.Sequential of layers does not have"
                 )
-                linear.weight.copy_(weight)
-                linear.bias.copy_(bias)
-                layers.append(linear)
+        modules = nn.ModuleDict()
+        for name, (weights, biases, _) in zip(self.names, self._heads(), strict=True):
             try:
-                modules[name] = layers[0] if len(layers) == 1 else nn.Sequential(*layers)
+                modules[name] = to_module(weights, biases, self.activation, self.dropout)
             except KeyError as error:
                 raise UserError(f"task '{name}' cannot name a module of an nn.ModuleDict: {error.args[0]}") from None
         return modules
@@ -539,39 +554,20 @@ class HeadBank(nn.Module):
                 copied.append(name)
         return copied
 
-    def _heads(self) -> Iterator[tuple[list[Tensor], list[Tensor]]]:
-        """Each task's own weights and biases by layer, without padding, as views, in the order of `names`."""
-        for name_group, local, outputs in zip(self.group_T.tolist(), self.local_T.tolist(), self.outputs, strict=True):
-            group = self.groups[name_group]
-            weights, biases = [w[local] for w in group.weights], [b[local] for b in group.biases]
-            yield [*weights[:-1], weights[-1][:outputs]], [*biases[:-1], biases[-1][:outputs]]
+    def _heads(self) -> Iterator[tuple[list[Tensor], list[Tensor], list[Tensor]]]:
+        """Each task's own weights and biases by layer, without padding, and `inputs`, as views, in the order of `names`."""
+        for number, local in zip(self.group_T.tolist(), self.local_T.tolist(), strict=True):
+            group = self.groups[number]
+            own = group.widths[local]
+            ins = (group.source.in_features, *own)
+            weights = [w[local, :out, :fan_in] for w, fan_in, out in zip(group.weights, ins, own, strict=False)]
+            biases = [b[local, :out] for b, out in zip(group.biases, own, strict=True)]
+            yield weights, biases, [stack[local] for stack in group.inputs.values()]
 
 
-def _linears(head: nn.Module) -> list[nn.Linear]:
-    return [module for module in head.modules() if isinstance(module, nn.Linear)]
-
-
-def _letter(layer: nn.Module) -> str:
-    """L, A or D for a linear layer, an activation of ours or dropout, else a question mark."""
-    if isinstance(layer, nn.Linear):
-        return "L" if layer.bias is not None else "?"
-    if type(layer) in {module for _, module in ACTIVATIONS.values()}:
-        ours = getattr(layer, "alpha", 1.0) == 1.0 and getattr(layer, "approximate", "none") == "none"
-        return "A" if ours else "?"
-    return "D" if type(layer) is nn.Dropout else "?"
-
-
-def _head_shape(name: str, head: nn.Module) -> tuple[tuple[int, ...], Activation | None, float]:
-    """(widths from input to output, activation, dropout) of a separately built head."""
-    layers = list(head) if isinstance(head, nn.Sequential) else [head]
-    linears = _linears(head)
-    acts = {key for key, (_, module) in ACTIVATIONS.items() for layer in layers if type(layer) is module}
-    drops = {layer.p for layer in layers if isinstance(layer, nn.Dropout)}
-    chained = all(a.out_features == b.in_features for a, b in pairwise(linears))
-    if not re.fullmatch("L(AL)*|L(ADL)*", "".join(map(_letter, layers))) or not chained or max(len(acts), len(drops)) > 1:
-        raise UserError(
-            f"head '{name}' is {head}: expected nn.Linear or nn.Sequential(Linear, activation, [Dropout], ..., Linear) "
-            f"with biases and one activation of {', '.join(ACTIVATIONS)}"
-        )
-    widths = (linears[0].in_features, *(linear.out_features for linear in linears))
-    return widths, cast(Activation, acts.pop()) if acts else None, drops.pop() if drops else 0.0
+def _reset(weight: Tensor, bias: Tensor, seed: int) -> None:
+    """Values as those of a new `nn.Linear`, into views."""
+    generator = torch.Generator().manual_seed(seed)
+    bound = weight.shape[1] ** -0.5
+    for view in (weight, bias):
+        view.copy_(torch.empty(view.shape, dtype=view.dtype).uniform_(-bound, bound, generator=generator))

@@ -92,6 +92,7 @@ class Workload:
         trunk_params, trunk_trained: parameters of the trunk, and how many of them are trained.
         heads_trained: whether heads are.
         shared_params: parameters of the heads' means, where heads are pulled towards them, else 0.
+        parents_T: the tasks whose logits each head reads; these are on its rank. None: no head reads another's.
     """
 
     names: Sequence[str]
@@ -104,6 +105,7 @@ class Workload:
     trunk_trained: int
     heads_trained: bool = True
     shared_params: int = 0
+    parents_T: Sequence[Sequence[int]] | None = None
 
 
 def make_plan(work: Workload, ranks: int, memory: float | None = None) -> Plan:
@@ -116,6 +118,8 @@ def make_plan(work: Workload, ranks: int, memory: float | None = None) -> Plan:
     as few hot tasks as that takes, the largest ones first, and as long as all-reducing the gradients of their heads sends
     no more than exchanging features would. Else it is `exchange`, but for trunks so small that this evens nothing out.
 
+    Tasks whose heads read one another's logits are placed together.
+
     Args:
         work: the run.
         ranks: how many there are.
@@ -124,9 +128,33 @@ def make_plan(work: Workload, ranks: int, memory: float | None = None) -> Plan:
     Raises:
         UserError: the heads do not fit.
     """
-    names, by_task, trunk = work.names, work.by_task, work.trunk_params
-    load_T, rows_T = _loads(names, work.head_params_T), _loads(names, work.rows_T)
-    size_T, head_T = HEAD_BYTES * load_T, rows_T * load_T
+    unit_T = _units(work)
+    plan = _plan_units(work, unit_T, ranks, memory)
+    return replace(plan, names=tuple(work.names), owner_T=plan.owner_T[unit_T])
+
+
+def _units(work: Workload) -> NDArray[np.int64]:
+    """The unit `[T]` of tasks that each belongs to: of those that read one another's logits, else one of its own."""
+    unit_T = np.arange(len(work.names))
+    for task, parents in enumerate(work.parents_T or ()):
+        for parent in parents:
+            unit_T[unit_T == unit_T[task]] = unit_T[parent]
+    return np.unique(unit_T, return_inverse=True)[1]
+
+
+def _sums(unit_T: NDArray[np.int64], value_T: NDArray[np.float64]) -> NDArray[np.float64]:
+    return np.bincount(unit_T, value_T).astype(np.float64)
+
+
+def _plan_units(work: Workload, unit_T: NDArray[np.int64], ranks: int, memory: float | None) -> Plan:
+    """The plan of units, each under the first of its tasks' names, as if they were tasks."""
+    by_task, trunk = work.by_task, work.trunk_params
+    load_T, rows_T = _loads(work.names, work.head_params_T), _loads(work.names, work.rows_T)
+    name_of: dict[int, str] = {}
+    for unit, name in zip(unit_T.tolist(), work.names, strict=True):
+        name_of[unit] = min(name, name_of.get(unit, name))
+    names = [name_of[unit] for unit in range(len(name_of))]
+    size_T, head_T, rows_T = (_sums(unit_T, each) for each in (HEAD_BYTES * load_T, rows_T * load_T, rows_T))
     room = np.inf if memory is None else float(memory)
     largest_first = _by_load(names, size_T)
     packed = _greedy(largest_first, size_T, ranks, size_T, room)
@@ -153,7 +181,7 @@ def make_plan(work: Workload, ranks: int, memory: float | None = None) -> Plan:
     uneven = f"rows at their owners would give the busiest rank {owners.imbalance:.1f} x the mean work"
     hot = _with_hot(names, whole_T, size_T, ranks, room, work.batch * work.width)
     if hot is not None:
-        number = len(hot.hot)
+        number = np.isin(unit_T, hot.hot).sum()
         return replace(hot, why=f"{uneven}, with {number} hot task{'s' if number > 1 else ''} it is {hot.imbalance:.2f} x")
     exchange = owned(head_T, dealt, "exchange", f"{uneven}, more than {EVEN:g}")
     if exchange.load_R.max() < owners.load_R.max():

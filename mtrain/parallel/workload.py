@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
-from itertools import pairwise
-
 import numpy as np
 from numpy.typing import NDArray
 
 from mtrain.config import Config
 from mtrain.data.batch import Grid, Labels
-from mtrain.model.heads import group_by_size
+from mtrain.model.head_forms import plan_groups
+from mtrain.model.head_options import head_forms, head_gate
 from mtrain.model.trunks import SharedModel
 from mtrain.parallel.plan import Workload
 from mtrain.tasks import TaskTable
@@ -34,23 +32,25 @@ def workload(
         every = np.full(len(tasks), float(batch))
         rows_T = every if isinstance(labels, Grid) else labels.count_T().numpy() * (batch / labels.num_rows)
 
-    def head_params(outputs: int) -> int:
-        return shared.members * sum((a + 1) * b for a, b in pairwise((shared.out_features, *head.hidden, outputs)))
-
-    outputs_of: dict[Hashable, list[int]] = {}
-    for task in tasks:
-        outputs_of.setdefault(task.kind.group_key, []).append(task.num_outputs)
-    groups = [max(sizes[i] for i in group) for sizes in outputs_of.values() for group in group_by_size(sizes)]
+    forms, outputs_T = head_forms(tasks.names, config), tasks.num_outputs_T.tolist()
+    keys = [task.kind.group_key for task in tasks]
+    groups = plan_groups(tasks.names, outputs_T, forms, keys, shared.features, head_gate(config))
+    params_T = np.zeros(len(tasks), dtype=np.int64)
+    for group in groups:
+        for t in group.ids:
+            params_T[t] = shared.members * group.source.num_params(forms[t].widths(outputs_T[t]), head.scale_shift)
+    means = [shared.members * group.source.num_params(group.widths, head.scale_shift) for group in groups]
     trained = 0 if "trunk" in config.freeze else sum(p.numel() for p in shared.parameters() if p.requires_grad)
     return Workload(
         tasks.names,
         rows_T,
-        np.array([head_params(task.num_outputs) for task in tasks]),
+        params_T,
         by_task=sampling_T is not None,
         batch=batch,
         width=shared.members * shared.out_features,
         trunk_params=sum(p.numel() for p in shared.parameters()),
         trunk_trained=trained,
         heads_trained="heads" not in config.freeze,
-        shared_params=sum(map(head_params, groups)) if head.toward_shared or head.toward_shared_bias else 0,
+        shared_params=sum(means) if head.toward_shared or head.toward_shared_bias else 0,
+        parents_T=[form.parents for form in forms] if any(form.parents for form in forms) else None,
     )

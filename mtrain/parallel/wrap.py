@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from datetime import timedelta
 from typing import Any
 
@@ -14,6 +15,7 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType, GradScalerKwargs, InitProcessGroupKwargs
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
+from torch.distributed.fsdp.wrap import size_based_auto_wrap_policy, transformer_auto_wrap_policy
 from torch.nn.parallel import DistributedDataParallel
 
 from mtrain.config import Config
@@ -85,10 +87,34 @@ def prepare(accelerator: Accelerator, trunk: nn.Module, optimizer: torch.optim.O
     if getattr(accelerator.state, "fsdp_plugin", None) is not None:
         wanted = FSDPModule
         accelerator.state.distributed_type = DistributedType.FSDP  # accelerate forgets it when an optimizer is prepared
+        _fit_fsdp(accelerator, trunk)
     model, optimizer = accelerator.prepare(trunk, optimizer)
     if not isinstance(model, wanted):
         raise UserError(f"accelerate did not wrap the trunk in {wanted.__name__}, as its config file asks; check that file")
     return model, optimizer
+
+
+def _fit_fsdp(accelerator: Accelerator, trunk: nn.Module) -> None:
+    """What accelerate's FSDP2 would get wrong: which modules it gathers one by one, and the precision of inputs.
+
+    Transformer blocks say themselves that they are (`_no_split_modules`). By size, accelerate would also wrap lists of layers,
+    which FSDP2 refuses: here it is the classes of modules with so many parameters of their own. In mixed precision it would
+    round the inputs, which may be token ids: autocast casts them where they are multiplied.
+    """
+    plugin = accelerator.state.fsdp_plugin
+    by_size = plugin.auto_wrap_policy is size_based_auto_wrap_policy
+    if by_size or (plugin.auto_wrap_policy is transformer_auto_wrap_policy and plugin.transformer_cls_names_to_wrap is None):
+        there = {type(module).__name__ for module in trunk.modules()}
+        blocks = {name for module in trunk.modules() for name in getattr(module, "_no_split_modules", None) or ()} & there
+        if by_size and not blocks:
+            least = plugin.min_num_params
+            large = [m for m in trunk.modules() if sum(p.numel() for p in m.parameters(recurse=False)) > least]
+            blocks = {type(module).__name__ for module in large}
+        plugin.auto_wrap_policy = transformer_auto_wrap_policy
+        plugin.transformer_cls_names_to_wrap = sorted(blocks)
+    if plugin.mixed_precision_policy is not None:
+        plugin.mixed_precision_policy = replace(plugin.mixed_precision_policy, cast_forward_inputs=False)
+        trunk.forward = accelerator.autocast()(trunk.forward)
 
 
 @contextmanager

@@ -5,8 +5,8 @@ J = 1/N * sum over labels of  weight * w_t * share_t * loss / scale_t        N =
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -16,8 +16,9 @@ from torch import Tensor
 
 from mtrain.config import ObjectiveConfig
 from mtrain.data.batch import Grid, Labels
-from mtrain.model.heads import HeadBank, HeadGroup, Route
+from mtrain.model.heads import HeadBank, HeadGroup
 from mtrain.model.kinds import Kind, Params
+from mtrain.model.routes import Route
 from mtrain.tasks import TaskTable
 
 SCALE_FLOOR = 1e-3  # a task whose constant predictor is almost perfect does not get an endless weight
@@ -32,7 +33,9 @@ class Piece:
     `active_A` are the tasks' places in the group, on the CPU, as the optimizer wants them; None: all.
 
     `tap` is where all paths from z to the heads pass, once for each task: the first layer of a grid `[A * H, B]`, the padded
-    rows `[N, D]` of a route.
+    rows `[N, D]` of a route. (Heads that read other heads' logits have further paths.)
+
+    `children_A` says which tasks' logits are read by a head that has labels in the batch; None: none.
     """
 
     number: int
@@ -47,6 +50,7 @@ class Piece:
     present: Tensor | None
     tap: Tensor
     route: Route | None = None
+    children_A: Tensor | None = None
 
     @property
     def behind_tap(self) -> Sequence[Tensor]:
@@ -54,18 +58,24 @@ class Piece:
         if self.route is not None:
             return self.params
         layers = len(self.group.weights)
-        return [p for i, p in enumerate(self.params) if i % layers]
+        return [p for i, p in enumerate(self.params[: 2 * layers]) if i % layers]
 
-    def scale_tap(self, grad: Tensor, weight_T: Tensor) -> Tensor:
-        """A gradient at the tap, times each task's weight."""
+    def scale_tap_(self, grad: Tensor, weight_T: Tensor) -> None:
+        """Multiply a gradient at the tap by each task's weight."""
         if self.route is None:
-            return (grad.view(len(self.task_A), -1) * weight_T[self.task_A].to(grad.dtype)[:, None]).view(grad.shape)
+            grad.view(len(self.task_A), -1).mul_(weight_T[self.task_A].to(grad.dtype)[:, None])
+            return
         task_N = self.group.task_ids[self.route.padded_head_N] % len(weight_T)
-        return grad * weight_T[task_N].to(grad.dtype)[:, None]
+        grad.mul_(weight_T[task_N].to(grad.dtype)[:, None])
 
     def count_A(self) -> Tensor:
         """Labels of each active task."""
         return self.sum(torch.ones_like(self.y) if self.present is None else self.present)
+
+    def has_gradient_A(self, count_A: Tensor) -> Tensor:
+        """Which tasks' heads have a gradient: by `count_A` labels of their own, or of a head that reads their logits."""
+        own_A = count_A > 0
+        return own_A if self.children_A is None else own_A | self.children_A
 
     def sum(self, value: Tensor) -> Tensor:
         """Per active task, a value per label that is 0 where the label is missing."""
@@ -94,53 +104,78 @@ def pieces(
     routes: list[Route],
     keys_B: Tensor | None = None,
     tapped: bool = False,
-) -> Iterator[Piece]:
-    """Run the heads that a batch's labels need: grid kernels for grids, routed kernels for pairs. `tapped`: gradients at taps
-    will be asked for.
+) -> list[Piece]:
+    """Run the heads that a batch's labels need: grid kernels for grids, routed kernels for pairs; in the order of groups.
+    `tapped`: gradients at taps will be asked for.
 
     Each member of an ensemble (`z` is `[B, M, D]`) has its own heads: head t of member m is number m * T + t of the bank.
     """
     num_tasks = labels.num_tasks
 
     def of_member(number: int) -> tuple[Tensor, int]:
-        member = int(bank.ids[number][0]) // num_tasks
+        member = bank.first_ids[number] // num_tasks
         return (z_BD if z_BD.dim() == 2 else z_BD[:, member]), member * num_tasks
 
+    found: dict[int, Piece] = {}
     if isinstance(labels, Grid):
         weight = None if labels.weight_B is None else labels.weight_B[:, None]
         y_TB = labels.y_BT.t().contiguous()  # as the grid kernel lays out its logits: element-wise passes are then fast
-        for number, group in enumerate(bank.groups):
+        logits: dict[int, Tensor] = {}
+        for number in bank.order:
+            group = bank.groups[number]
             if not group.names:
                 continue
             z, first = of_member(number)
             task_A = group.task_ids - first
             y = (y_TB if len(task_A) == num_tasks else y_TB[task_A]).t()
             stacks = list(group.parameters())
-            tap = group.grid_first(z, stacks)
-            x = tap.clone() if tapped and len(group.weights) > 1 else tap  # activations work in place
-            logits = group.grid_rest(x, stacks, keys_B, slice(None))
-            yield Piece(number, group, task_A, None, stacks, logits, y, weight, None, ~y.isnan(), tap)
-        return
-    for planned in routes:
-        z, first = of_member(planned.group)
-        route = planned.to(z.device)
-        group = bank.groups[route.group]
+            trained = [] if group.fixed else stacks
+            tap = group.grid_first(z, stacks, parents=bank.grid_parents(number, logits))
+            logits[number] = group.grid_rest(tap, stacks, keys_B, slice(None), keep=tapped)
+            found[number] = Piece(number, group, task_A, None, trained, logits[number], y, weight, None, ~y.isnan(), tap)
+        if torch.is_grad_enabled():
+            _mark_parents(bank, found)
+        return [found[number] for number in sorted(found)]
+    planned = {route.group: route for route in routes}
+    out: dict[int, Tensor] = {}
+    for number in bank.order:
+        if number not in planned:
+            continue
+        z, first = of_member(number)
+        route = planned[number].to(z.device)
+        group = bank.groups[number]
         params = group.gather(route.active_A)
         tap = group.routed_first(z, route)
-        yield Piece(
-            route.group,
+        out[number] = group.routed_rest(tap, route, params, keys_B, bank.routed_parents(route, out))
+        found[number] = Piece(
+            number,
             group,
             route.task_A - first,
-            planned.active_A,
-            params,
-            group.routed_rest(tap, route, params, keys_B),
+            planned[number].active_A,
+            [] if group.fixed else params,
+            group.of_labels(out[number], route),
             labels.y_P[route.label_P % len(labels.y_P)],
             None if labels.weight_P is None else labels.weight_P[route.label_P % len(labels.y_P)],
             route.slot_P,
             None,
             tap,
             route,
+            None if route.fed is None else torch.ones_like(route.active_A, dtype=torch.bool),
         )
+    return [found[number] for number in sorted(found)]
+
+
+def _mark_parents(bank: HeadBank, found: dict[int, Piece]) -> None:
+    """Say in the pieces of a grid which heads' logits a head with labels reads."""
+    for number in reversed(bank.order):
+        for parent, local_A in bank.parents[number] if number in found else ():
+            piece, of_parent = found[number], found[parent]
+            active_A = piece.has_gradient_A(piece.count_A())
+            children_A = of_parent.children_A
+            if children_A is None:
+                children_A = torch.zeros_like(of_parent.task_A, dtype=torch.bool)
+            children_A[local_A.to(active_A.device)[active_A]] = True
+            found[parent] = replace(of_parent, children_A=children_A)
 
 
 class Objective:

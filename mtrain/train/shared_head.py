@@ -107,13 +107,9 @@ class SharedHeads:
 
 
 def _owned(group: HeadGroup, member_T: Tensor) -> list[Tensor]:
-    """For each parameter, 1 at the entries `[T_g, out]` (or `[T_g, 1]`), with a last dimension for weights, that are part
-    of the mean."""
+    """For each parameter, 1 at the entries that are part of the mean, in a shape that broadcasts."""
     owned = []
-    for layers in (group.weights, group.biases):
-        for i, stack in enumerate(layers):
-            own = member_T[:, None]
-            if i == len(layers) - 1 and group.pad_TO is not None:
-                own = own & ~group.pad_TO
-            owned.append((own if stack.dim() == 2 else own[..., None]).to(stack.dtype))
+    for stack, pad in zip(group.parameters(), group.padding(), strict=True):
+        own = member_T.view(-1, *[1] * (stack.dim() - 1))
+        owned.append((own if pad is None else own & ~pad).to(stack.dtype))
     return owned

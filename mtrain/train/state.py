@@ -46,7 +46,8 @@ def head_stacks(bank: HeadBank, optimizer: HeadAdamW | None = None, shard: Shard
         written = None
         if shard is not None and shard.hot.any():
             written = shard.counts[group.task_ids.cpu().numpy() % len(shard.own)].tolist()
-        stacks.append(Stacks(group.names, group.sizes.tolist(), tensors, written))
+        hidden = [widths[:-1] for widths in group.widths] if group.ragged else None
+        stacks.append(Stacks(group.names, group.sizes.tolist(), tensors, written, hidden))
     return stacks
 
 

@@ -48,12 +48,13 @@ class LossScale:
 class Totals:
     """What happened since the last line of the curve; tensors stay on the device until then.
 
-    `loss` is the objective J summed over steps; `bad_T` counts the steps in which a task's loss was not finite.
+    `loss` is the objective J summed over steps; `labels_T` counts each task's labels, `bad_T` the steps in which its loss was
+    not finite.
     """
 
     def __init__(self, num_tasks: int, device: torch.device):
         self.loss = torch.zeros((), device=device)
-        self.bad_T = torch.zeros(num_tasks, dtype=torch.int64, device=device)
+        self.bad_T, self.labels_T = torch.zeros(2, num_tasks, dtype=torch.int64, device=device)
         self.steps = self.skipped = self.rows = 0
         self.seconds = self.waited = 0.0
 
@@ -107,13 +108,14 @@ class Stepper:
     """Holds what one step needs; calling it with a global batch trains once.
 
     Args:
-        model: the shared network as `accelerator.prepare` returned it; `model(x_BF, keys_B)` gives `z_BD`.
+        model: the shared network as `accelerator.prepare` returned it; `model(x_BF, keys_B, task_B)` gives `z_BD`.
         bank: the heads of this rank's tasks.
         shard: which tasks those are; how features reach them.
         coefficient_T: weight, share and scale of every task in the objective.
         trunk_optimizer, head_optimizer: None where that part is frozen or has no parameters.
         head: the pull of heads towards their group's mean.
         train_labels_T: training labels of each task of this rank, for that pull.
+        takes_step: whether the model takes `step_key`, a key `[1]` that no row has part in.
     """
 
     def __init__(
@@ -131,14 +133,16 @@ class Stepper:
         head: HeadConfig,
         train_labels_T: NDArray[np.int64],
         members: int = 1,
+        takes_step: bool = False,
     ):
         self.accelerator, self.model, self.bank, self.objective = accelerator, model, bank, objective
         self.balancing, self.trunk_optimizer, self.head_optimizer = balancing, trunk_optimizer, head_optimizer
-        self.config, self.members = config, members
+        self.config, self.members, self.takes_step = config, members, takes_step
         self.trunk_parameters = [p for p in model.parameters() if p.requires_grad]
         self.scale = LossScale() if accelerator.mixed_precision == "fp16" else None
         self.shard, self.coefficient_T = shard, coefficient_T
         self.device = coefficient_T.device
+        self.any_row = torch.zeros(1, dtype=torch.int64, device=self.device)
         self.shared_heads = SharedHeads(bank, head, torch.tensor(train_labels_T, device=self.device), shard)
         self.hot_heads = HotHeads(bank, shard) if shard.hot.any() else None
 
@@ -183,6 +187,7 @@ class Stepper:
         weight_T = self.coefficient_T * self.balancing.weight_T
         totals.loss += (weight_T * window.loss_T).sum() / (num_labels * self.members)
         totals.bad_T += window.bad_T > 0
+        totals.labels_T += window.count_T.long()
         totals.steps += 1
         totals.rows += num_rows
         if not single:  # the weights of the next window
@@ -206,7 +211,8 @@ class Stepper:
         batch = batch.to(self.device)
         keys_B = row_keys(self.config.seed, step, batch.row_B)
         keys_H = keys_B if batch.row_H is None else row_keys(self.config.seed, step, batch.row_H)
-        features_BD = self.model(batch.x_BF, keys_B)
+        own = {"step_key": row_keys(self.config.seed, step, self.any_row)} if self.takes_step else {}
+        features_BD = self.model(*batch.arguments(keys_B), **own)
         window.bad_features += ~features_BD.detach().isfinite().all()
         z_HD = self.shard.to_heads(features_BD.detach(), batch.deal).requires_grad_(features_BD.requires_grad)
         with self.accelerator.autocast():
@@ -220,33 +226,35 @@ class Stepper:
     def _micro(self, batch: Batch, step: int, num_labels: int, window: Window, rebalance: bool) -> list[HeadUpdate]:
         """Both phases of a micro-batch; the trunk's gradient is added to `.grad`, the heads' is returned."""
         gradients = self.balancing.gradients if self.balancing.due(step) else None
-        features_BD, z_HD, found = self._forward(batch, step, window, tapped=gradients is not None)
+        weighs_heads = self.balancing.balancer.weighs_heads
+        tapped = gradients is not None or not weighs_heads
+        features_BD, z_HD, found = self._forward(batch, step, window, tapped)
         unit_T = self.shard.local(self.coefficient_T) / num_labels
-        staged = None
+        staged = [self._to_tap(loss, unit_T) for loss in found] if tapped else []
         if gradients is not None:
-            staged = [self._to_tap(loss, unit_T) for loss in found]
             taps = [(loss.piece, grads[0]) for loss, grads in zip(found, staged, strict=True)]
-            gradients.add(taps, batch.deal, 1.0 if self.scale is None else self.scale.value)
+            gradients.add(features_BD, taps, batch.deal, 1.0 if self.scale is None else self.scale.value)
         if rebalance:
             window.sum_up(self.shard)
             self.balancing.update(step, window.mean_loss_T, window.count_T)
         weight_T = self.shard.local(self.balancing.weight_T)
         coefficient_T = unit_T * weight_T
 
-        wanted = [z_HD] if z_HD.requires_grad else []
-        if self.head_optimizer is not None:
-            wanted += [p for loss in found for p in loss.piece.params]
+        params = [] if self.head_optimizer is None else [p for loss in found for p in loss.piece.params]
+        shared = [z_HD] if z_HD.requires_grad else []
         grads: list[Tensor] = []
-        if found and staged is None:
+        if staged:
+            grads = self._from_taps(found, staged, shared, params, weight_T, weighs_heads)
+        elif found:
             grad_logits = [self._grad_logits(loss, coefficient_T) for loss in found]
-            grads = list(torch.autograd.grad([loss.piece.logits for loss in found], wanted, grad_logits))
-        elif found and staged is not None:
-            grads = self._from_taps(found, staged, wanted, weight_T)
+            grads = list(torch.autograd.grad([loss.piece.logits for loss in found], [*shared, *params], grad_logits))
         if z_HD.requires_grad:  # also without labels here: other ranks wait for this one's part
             grad_HD = grads.pop(0) if found else torch.zeros_like(z_HD)
             grad_BD = self.shard.from_heads(grad_HD, batch.deal)
             features_BD.backward(grad_BD * self.shard.world.size)  # DDP and FSDP average over ranks, J is a sum
-        return [] if self.head_optimizer is None else self._head_updates(found, grads, coefficient_T)
+        if self.head_optimizer is None:
+            return []
+        return self._head_updates(found, grads, coefficient_T if weighs_heads else unit_T)
 
     def _to_tap(self, loss: PieceLoss, unit_T: Tensor) -> list[Tensor]:
         """Gradients of the tasks' terms, before any weight, at the tap and at the parameters behind it."""
@@ -254,20 +262,34 @@ class Stepper:
         return list(torch.autograd.grad(piece.logits, [piece.tap, *piece.behind_tap], self._grad_logits(loss, unit_T)))
 
     def _from_taps(
-        self, found: list[PieceLoss], staged: list[list[Tensor]], wanted: list[Tensor], weight_T: Tensor
+        self,
+        found: list[PieceLoss],
+        staged: list[list[Tensor]],
+        shared: list[Tensor],
+        params: list[Tensor],
+        weight_T: Tensor,
+        weighs_heads: bool,
     ) -> list[Tensor]:
-        """Gradients of the weighted objective at `wanted`, from those that `_to_tap` gave."""
+        """Gradients of the weighted objective at the `shared` features, and of the weighted or the plain one at the heads'
+        `params`, from those that `_to_tap` gave."""
         behind: dict[int, Tensor] = {}
-        taps = []
-        for loss, (tap, *others) in zip(found, staged, strict=True):
-            piece = loss.piece
-            weight_A = weight_T[piece.task_A].to(tap.dtype)
-            taps.append(piece.scale_tap(tap, weight_T))
-            for p, grad in zip(piece.behind_tap, others, strict=True):
-                behind[id(p)] = grad * weight_A.view(-1, *[1] * (grad.dim() - 1))
-        before = [p for p in wanted if id(p) not in behind]
-        given = dict(zip(map(id, before), torch.autograd.grad([loss.piece.tap for loss in found], before, taps), strict=True))
-        return [behind[id(p)] if id(p) in behind else given[id(p)] for p in wanted]
+        for loss, (_, *others) in zip(found, staged, strict=True):
+            weight_A = weight_T[loss.piece.task_A]
+            for p, grad in zip(loss.piece.behind_tap, others, strict=True):
+                behind[id(p)] = grad * weight_A.to(grad).view(-1, *[1] * (grad.dim() - 1)) if weighs_heads else grad
+        first = [p for p in params if id(p) not in behind]
+        outputs, taps = [loss.piece.tap for loss in found], [tap for tap, *_ in staged]
+        at_first: Sequence[Tensor] = []
+        if first and not weighs_heads:
+            at_first, first_here = torch.autograd.grad(outputs, first, taps, retain_graph=True), []
+        else:
+            first_here = first
+        for loss, tap in zip(found, taps, strict=True):
+            loss.piece.scale_tap_(tap, weight_T)
+        given = torch.autograd.grad(outputs, [*shared, *first_here], taps) if shared or first_here else ()
+        at_first = at_first or given[len(shared) :]
+        behind |= dict(zip(map(id, first), at_first, strict=True))
+        return [*given[: len(shared)], *(behind[id(p)] for p in params)]
 
     @torch.enable_grad()
     def _loss(self, piece: Piece) -> PieceLoss:
@@ -290,11 +312,13 @@ class Stepper:
         """Updates of the tasks that have labels in the batch and a finite loss."""
         if not found:
             return []
-        moves = [loss.finite_A & (loss.count_A > 0) for loss in found]
+        moves = [loss.finite_A & loss.piece.has_gradient_A(loss.count_A) for loss in found]
         moves = list(torch.cat(moves).cpu().split([len(moves_A) for moves_A in moves]))  # one transfer for all groups
         updates = []
         for loss, moves_A in zip(found, moves, strict=True):
             piece = loss.piece
+            if not piece.params:  # fixed heads
+                continue
             own, grads = grads[: len(piece.params)], grads[len(piece.params) :]
             strength_A = coefficient_T[piece.task_A] * loss.count_A * (1.0 if self.scale is None else self.scale.value)
             self.shared_heads.pull(piece.number, piece.task_A, piece.active_A, own, strength_A)

@@ -12,7 +12,10 @@ from torch import nn
 
 from mtrain.errors import UserError
 from mtrain.model.dropout import row_keys
-from mtrain.model.heads import HeadBank, _PaddedRows, _SegmentLinear, group_by_size, plan_route
+from mtrain.model.head_forms import group_by_size
+from mtrain.model.head_kernels import PaddedRows, SegmentLinear
+from mtrain.model.heads import HeadBank
+from mtrain.model.routes import plan_route
 
 SHAPES = [(), (5,), (6, 4)]
 
@@ -148,7 +151,7 @@ def test_the_segment_product_and_its_gather_pass_gradcheck():
     bias = torch.randn(3, 2, dtype=torch.float64, requires_grad=True)
 
     def kernel(z, weight, bias):
-        return _SegmentLinear.apply(_PaddedRows.apply(z, route), weight, bias, route.segments)[route.place_P]
+        return SegmentLinear.apply(PaddedRows.apply(z, route), weight, bias, route.segments)[route.place_P]
 
     torch.autograd.gradcheck(kernel, (z, weight, bias))
 

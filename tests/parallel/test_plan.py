@@ -381,3 +381,17 @@ def test_the_designs_sizes_send_less_than_a_tenth_of_plain_ddp():
         for ranks in (2, 8, 64, 512):
             work = workload(rows, heads, batch=1024, width=512, trunk=4 * (512 * 512 + 512))
             assert sum(sent(make_plan(work, ranks), work).values()) < 0.1 * plain_ddp(work).sent(ranks)
+
+
+@pytest.mark.parametrize("by_task", [True, False])
+@pytest.mark.parametrize("ranks", [2, 5])
+def test_tasks_that_read_one_another_are_on_one_rank(by_task, ranks):
+    parents = [(), (0,), (), (1,), (), (2, 4), (), *[()] * 13]
+    work = workload([10 + i % 4 for i in range(20)], [65] * 20, by_task=by_task, parents_T=parents)
+    plan = make_plan(work, ranks)
+    owner = plan.owner_T.tolist()
+    assert plan.names == tuple(work.names)
+    assert owner[0] == owner[1] == owner[3] >= 0
+    assert owner[2] == owner[4] == owner[5] >= 0
+    assert set(owner) == set(range(ranks))
+    assert plan.load_R.sum() == pytest.approx(sum(work.rows_T) * (65 + 1000))

@@ -39,6 +39,10 @@ ROUTED = {
 TRAIN = {"steps": 50, "global_batch": 46, "lr": 0.01, "clip": 0.5, "head_clip": 0.2, "log_every": 1, "eval_every": 1.0}
 SKEWED = {"data": {**ROUTED["data"], "path": "skewed.csv"}}
 DEEP = {"class_path": "MLP", "init_args": {"widths": [64, 12], "dropout": 0.2}}
+SEPARATE = {f"x{i}": "Numeric" for i in range(6)}
+HALVES = {"low": ["x0", "x1", "x2"], "high": ["x3", "x5", "x4"]}
+ENCODED = {"init_args": {"encoder": {"class_path": "MLP", "init_args": {"widths": [16, 8], "dropout": 0.2}}}}
+STEMS = {"class_path": "TaskStems", "init_args": {"columns": {"task 1*": ["low"]}, "widths": [9], "trunk": DEEP}}
 CASES = {
     "grid": GRID,
     "grid-accumulated": GRID | {"train": {"micro_batch": 13}},
@@ -55,6 +59,12 @@ CASES = {
     "hot": ROUTED | SKEWED | {"model": {"trunk": DEEP}},
     "hot-shared": ROUTED | SKEWED | {"model": {"trunk": DEEP, "head": {"toward_shared": 20.0}}, "train": {"micro_batch": 20}},
     "few": ROUTED | {"data": {**ROUTED["data"], "path": "few.csv"}},
+    "grid-fusion": GRID | {"inputs": SEPARATE, "model": {"inputs": HALVES, "trunk": {"class_path": "ModelFusion", **ENCODED}}},
+    "grid-experts": GRID | {"model": {"trunk": "CGC", "head": {"gate": {"experts": "experts", "by": "gate"}}}},
+    "owners-stems": ROUTED | {"inputs": SEPARATE, "model": {"inputs": HALVES, "trunk": STEMS}},
+    "exchange-stems": ROUTED
+    | SKEWED
+    | {"inputs": SEPARATE, "model": {"inputs": HALVES, "trunk": STEMS, "head": {"hidden": [300]}}},
 }
 NECK = {"trunk": {"class_path": "MLP", "init_args": {"widths": [64], "dropout": 0.2}}, "neck": 12}
 BALANCED = {
@@ -64,8 +74,37 @@ BALANCED = {
     "exchange": ROUTED | SKEWED | {"model": NECK | {"head": {"hidden": [60]}}},
 }
 CASES |= {f"{case}-{name}": BALANCED[case] | {"objective": {"balancer": name}} for case in BALANCED for name in BALANCERS}
+HEAD = {"hidden": ["2x"], "scale_shift": True}
+CASES["grid-forms"] = GRID | {
+    "model": {"trunk": GRID["model"]["trunk"], "head": HEAD},
+    "tasks": {"by_name": {"t[45]": {"reads": ["features", "task:t2", "task:t3"]}, "t7": {"reads": ["features", "task:t5"]}}},
+    "train": {"micro_batch": 13},
+}
+CASES["pairs-forms"] = CASES["pairs"] | {"tasks": {"by_name": {"t[46]": {"reads": ["features", "task:t3"]}}}}
+for case, trunk in {"owners": ROUTED["model"]["trunk"], "hot": DEEP, "exchange": DEEP}.items():
+    by_name = {"task [12]": {"reads": ["features", "task:task 0"]}, "task 3": {"reads": ["features", "task:task 1"]}}
+    head = HEAD | ({"hidden": [60]} if case == "exchange" else {})
+    CASES[f"{case}-forms"] = CASES[case] | {"model": {"trunk": trunk, "head": head}, "tasks": {"by_name": by_name}}
+GRAM = {"balancer": "upgrad"}
+WEIGHTED = CASES["pairs"] | {"data": {**CASES["pairs"]["data"], "weight": "weight"}}  # such labels are no matrix
+LEVELS = {  # of gradients, and unbiased and projected ones
+    "grid-features": BALANCED["grid"] | {"objective": {"balancer": "gradnorm", "balancing": {"level": "features"}}},
+    "grid-unbiased": BALANCED["grid"]
+    | {"objective": GRAM | {"balancing": {"unbiased": True, "smoothing": 0.9, "projections": 64, "affinity": True}}},
+    "pairs-features": WEIGHTED | {"objective": GRAM | {"balancing": {"level": "features"}}},
+    "pairs-projected": WEIGHTED | {"model": NECK, "objective": GRAM | {"balancing": {"projections": 64}}},
+    "hot-features": BALANCED["hot"] | {"objective": {"balancer": "gradnorm", "balancing": {"level": "features"}}},
+    "hot-unbiased": BALANCED["hot"]
+    | {"objective": GRAM | {"balancing": {"unbiased": True, "smoothing": 0.9, "projections": 64}}},
+    "hot-trunk": BALANCED["hot"] | {"objective": {"balancer": "gradnorm", "balancing": {"level": "trunk", "every": 2}}},
+    "exchange-trunk": BALANCED["exchange"] | {"objective": GRAM | {"balancing": {"level": "trunk"}}},
+    "owners-trunk": BALANCED["owners"]
+    | {"objective": {"balancer": "equal", "balancing": {"level": "trunk", "affinity": True, "every": 5}}},
+}
+CASES |= LEVELS
 CASES |= {
-    f"{name}-fsdp": CASES[name] for name in ("grid", "owners", "owners-accumulated", "exchange-accumulated", "grid-refit")
+    f"{name}-fsdp": CASES[name]
+    for name in ("grid", "owners", "owners-accumulated", "exchange-accumulated", "grid-refit", "grid-fusion", "owners-stems")
 }
 
 
