@@ -159,7 +159,8 @@ Labels = Grid | Pairs
 
 @dataclass(frozen=True)
 class Batch:
-    """B rows that this rank reads: inputs `x_BF`, row ids (they key dropout); and the labels of the rows that its heads read.
+    """B rows that this rank reads: inputs `x_BF`, row ids (they key dropout), and the task of each where it has one; and the
+    labels of the rows that its heads read.
 
     Those are the same rows, in the same order, or (several ranks) the rows `row_H` of all, as `deal` says.
     """
@@ -169,9 +170,16 @@ class Batch:
     labels: Labels
     row_H: Tensor | None = None
     deal: Deal | None = None
+    task_B: Tensor | None = None
 
     def to(self, device: torch.device) -> Batch:
         return _to(self, device)
+
+    def arguments(self, keys_B: Tensor | None = None) -> tuple[Tensor | None, ...]:
+        """What the shared network is called with, `keys_B` for its dropout."""
+        if self.task_B is not None:
+            return self.x_BF, keys_B, self.task_B
+        return (self.x_BF,) if keys_B is None else (self.x_BF, keys_B)
 
 
 C = TypeVar("C", Grid, Pairs, Batch)

@@ -212,7 +212,7 @@ class ChunkedInputs:
         try:
             blocks = [item.feature.transform(one.values) for item, one in zip(self.features, encoded, strict=True)]
         except UserError as error:
-            raise _located(error, self.table, chunk) from None
+            raise located(error, self.table, int(self.table.start_C[chunk])) from None
         x = np.ascontiguousarray(blocks[0] if len(blocks) == 1 else np.concatenate(blocks, axis=1), dtype=np.float32)
         valid = np.logical_and.reduce([one.valid for one in encoded])
         rows = _Rows(x, None if valid.all() else valid)
@@ -273,12 +273,11 @@ def encode_chunk(table: Table, chunk: int, features: Sequence[FeatureColumn]) ->
     try:
         return [item.encode(rows) for item in features]
     except UserError as error:
-        raise _located(error, table, chunk) from None
+        raise located(error, table, int(table.start_C[chunk])) from None
 
 
-def _located(error: UserError, table: Table, chunk: int) -> ReadError:
-    """An error that counts rows of a chunk, or names none, with the row of the file."""
-    first = int(table.start_C[chunk])
+def located(error: UserError, table: Table, first: int) -> ReadError:
+    """An error that counts rows from the row `first` of the table, or names none, with the row of the file."""
     text, named = re.subn(r"\brow (\d+)\b(?!')", lambda m: table.where(first + int(m[1]) - 1), str(error))
     return ReadError(text if named else f"{table.where(first)}: {text}")
 
@@ -331,7 +330,7 @@ def fitting_sample(
             if not skip_failed:
                 columns = some([f"'{name}'" for name in item.columns])
                 problem = f"column {columns}: {widths[chunk]} values in a row, expected {usual} as in most others"
-                raise _located(UserError(problem), table, chunk)
+                raise located(UserError(problem), table, int(table.start_C[chunk]))
             del read[chunk]
     if not any(len(local[chunk]) for chunk in read):
         raise UserError("inputs: no training row can be read or used, so nothing can be fitted; mend the data")

@@ -88,7 +88,8 @@ class Part:
                     at_lost = np.flatnonzero(np.isin(at_H, lost))
                     labels, original = labels.without(at_lost), original and original.without(at_lost)
                 row_H = None if deal.heads is None else self.row_R[torch.from_numpy(at_H)]
-                yield Batch(x_BF, self.row_R[torch.from_numpy(at_B)], labels, row_H, deal), original
+                task_B = None if task_R is None else torch.from_numpy(task_R[at_B])
+                yield Batch(x_BF, self.row_R[torch.from_numpy(at_B)], labels, row_H, deal, task_B), original
 
 
 class Streams:
@@ -438,9 +439,12 @@ class Loader:
         taken = self.labels.take(torch.from_numpy(np.concatenate(heads)))
         labels: Sequence[Labels] = taken.split([len(at_H) for at_H in heads])
         x, row = x_PF.split(sizes), row_R[torch.from_numpy(at_P)].split(sizes)
+        task: Sequence[Tensor | None] = [None] * len(sizes)
+        if self.streams.by_task:
+            task = torch.from_numpy(self.streams.stream_R[at_P]).split(sizes)
         made = [
-            Batch(x_BF, row_B, of_heads, None if deal.heads is None else row_R[torch.from_numpy(at_H)], deal)
-            for x_BF, row_B, of_heads, at_H, (_, deal) in zip(x, row, labels, heads, deals, strict=True)
+            Batch(x_BF, row_B, of_heads, None if deal.heads is None else row_R[torch.from_numpy(at_H)], deal, task_B)
+            for x_BF, row_B, of_heads, at_H, (_, deal), task_B in zip(x, row, labels, heads, deals, task, strict=True)
         ]
         return [made[i : i + self.pieces] for i in range(0, len(made), self.pieces)], lost_rows, {}
 

@@ -83,10 +83,10 @@ class Dropout(nn.Module):
         if not self.training or self.p == 0 or keys_B is None:
             return F.dropout(x, self.p, self.training)
         units = x.shape[1:].numel()
-        if len(self.constants) != units or self.constants.device != x.device:
+        if len(self.constants) < units or self.constants.device != x.device:
             self.constants = unit_constants(torch.tensor(self.layer, device=x.device), units)
         mixed_B = mix64(keys_B ^ mix64(torch.full_like(keys_B, self.layer)))
-        constants = self.constants.view(x.shape[1:])
+        constants = self.constants[:units].view(x.shape[1:])
         return keyed_dropout(x, mixed_B.view(-1, *[1] * (x.dim() - 1)), constants, self.p)
 
     def extra_repr(self) -> str:

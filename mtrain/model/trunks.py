@@ -1,27 +1,47 @@
 """Shared networks.
 
-The contract of a trunk, also for the user's own `nn.Module` named by its import path: it is built with `in_features`
-(the width of the inputs) if its signature has that argument, and `init_args` from the config; `forward(x_BF)` returns
-features `[B, D]` (or `[B, M, D]` with an attribute `members` = M: an ensemble in one network). It may take `keys_B`, the
-int64 keys of `mtrain.model.dropout`, so that its dropout depends on rows and not on how they are dealt to processes; and it
-may have an attribute `neck`, its last shared `nn.Linear`, which gradient-based balancing reads. D is `out_features`, or found
-by a trial pass.
+The contract of a trunk, also for the user's own `nn.Module` named by its import path. It is built with `init_args` from the
+config, and with what its signature has of:
+
+- `in_features`: the width of the inputs; `forward(x_BF)` then gets one matrix;
+- `inputs`, in its place: the width of each input by its name (`model.inputs`); `forward` then gets a dict name to
+  `[B, width]`;
+- `tasks`: the names of all tasks;
+- `root`: `data.root`, for files of its own.
+
+`forward` returns features `[B, D]` (or `[B, M, D]` with an attribute `members` = M: an ensemble in one network); or several by
+name, each `[B, D]` or `[B, E, D]`, of which each head reads one. It may take `keys_B`, the int64 keys of
+`mtrain.model.dropout`, so that its dropout depends on rows and not on how they are dealt to processes; `step_key`, the key
+`[1]` of the step alone, for a trunk that computes more than the rows; and `task_B`, the task of each row (int64), where each
+row has one. It may have an attribute `neck`, its last shared `nn.Linear`, which
+gradient-based balancing reads. What it returns without the rows is its attribute `out_features`, a number, or D or (E, D) by
+name; or it is found by a trial pass.
 """
 
 from __future__ import annotations
 
 import inspect
-from typing import Literal
+from collections.abc import Mapping, Sequence
+from itertools import accumulate
+from math import prod
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mtrain.components import build
-from mtrain.config import ModelConfig
-from mtrain.errors import UserError
+from mtrain.components import build, signature
+from mtrain.config import Config, ModelConfig
+from mtrain.data.features import Feature
+from mtrain.errors import UserError, matches, nearest
+from mtrain.model.conv import Conv
 from mtrain.model.dropout import Dropout
+from mtrain.model.experts import CGC, MMoE
+from mtrain.model.fusion import FeatureFusion, ModelFusion
+from mtrain.model.graphs import GraphNet, NodeGraph
 from mtrain.model.heads import ACTIVATIONS
+from mtrain.model.stems import TaskStems
+from mtrain.model.text import TextEncoder
 
 
 class MemberLinear(nn.Module):
@@ -35,7 +55,7 @@ class MemberLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if x.dim() == 2:
-            return F.linear(x, self.weight.flatten(0, 1), self.bias.flatten()).view(len(x), *self.bias.shape)
+            return F.linear(x, self.weight.flatten(0, 1), self.bias.flatten()).unflatten(1, self.bias.shape)
         return torch.baddbmm(self.bias[:, None], x.transpose(0, 1), self.weight.mT).transpose(0, 1)
 
 
@@ -123,20 +143,60 @@ class Identity(nn.Module):
 
 
 TRUNKS: dict[str, type[nn.Module]] = {"MLP": MLP, "Linear": Linear, "Identity": Identity}
+TRUNKS |= {"NodeGraph": NodeGraph, "GraphNet": GraphNet}
+TRUNKS |= {"FeatureFusion": FeatureFusion, "ModelFusion": ModelFusion, "TaskStems": TaskStems, "MMoE": MMoE, "CGC": CGC}
+TRUNKS |= {"Conv": Conv, "TextEncoder": TextEncoder}
+
+
+Shape = tuple[int, ...]
+Ranges = dict[str, list[slice]]
+FEATURES = "features"  # the name of a trunk's only feature
 
 
 class SharedModel(nn.Module):
-    """Trunk and, where asked for, a neck: all that heads share. `forward(x_BF, keys_B)` gives features `[B, D]`."""
+    """Trunk and, where asked for, a neck: all that heads share. `forward(x_BF, keys_B, task_B)` gives `z_BD`.
 
-    def __init__(self, trunk: nn.Module, width: int, neck: int | None):
+    Several features are flattened and laid side by side in `z_BD`, in their order; `columns` says where each is.
+
+    Args:
+        features: width of the trunk's only feature, or the shape of a row of each, `(D,)` or `(E, D)`, by name.
+        neck: width of a last linear layer; None: there is none.
+        ranges: where each input is in `x_BF`; None: the trunk takes `x_BF` itself.
+
+    Attributes:
+        features: shape of a row of each feature that heads read.
+        out_features: their width, all together.
+    """
+
+    def __init__(
+        self, trunk: nn.Module, features: int | dict[str, Shape], neck: int | None = None, ranges: Ranges | None = None
+    ):
         super().__init__()
-        self.trunk = trunk
+        self.trunk, self.ranges = trunk, ranges
         self.members: int = getattr(trunk, "members", 1)
+        if isinstance(features, int):
+            features = {FEATURES: (features,)}
+        (name, shape), *others = features.items()
+        self.one_feature = not others and len(shape) == 1
+        if self.members > 1 and not self.one_feature:
+            raise UserError(f"model.trunk: it has several members and gives {_shown(features)}; members need one feature")
+        if neck is not None and not self.one_feature:
+            raise UserError(f"model.neck: the trunk gives {_shown(features)}; a neck needs one feature, leave it out")
         if neck is not None and self.members > 1:
             raise UserError("model.neck: a trunk with several members has no common neck; leave it out")
-        self.neck = nn.Identity() if neck is None else nn.Linear(width, neck)
-        self.out_features = width if neck is None else neck
-        self.takes_keys = "keys_B" in inspect.signature(trunk.forward).parameters
+        self.neck = nn.Identity() if neck is None else nn.Linear(shape[0], neck)
+        self.given = features if self.members == 1 else {name: (self.members, *shape)}
+        self.features = features if neck is None else {name: (neck,)}
+        self.out_features = sum(map(prod, self.features.values()))
+        parameters = inspect.signature(trunk.forward).parameters
+        self.takes_keys, self.takes_tasks = "keys_B" in parameters, "task_B" in parameters
+        self.takes_step = "step_key" in parameters
+
+    @property
+    def columns(self) -> dict[str, slice]:
+        """Where each feature is in `z_BD`."""
+        ends = accumulate(map(prod, self.features.values()))
+        return {name: slice(end - prod(shape), end) for (name, shape), end in zip(self.features.items(), ends, strict=True)}
 
     @property
     def linear_neck(self) -> nn.Linear | None:
@@ -144,38 +204,218 @@ class SharedModel(nn.Module):
         last = self.trunk.neck if isinstance(self.trunk, Linear) else None
         return self.neck if isinstance(self.neck, nn.Linear) else last
 
-    def forward(self, x_BF: Tensor, keys_B: Tensor | None = None) -> Tensor:
-        z_BD = self.trunk(x_BF, keys_B) if self.takes_keys else self.trunk(x_BF)
-        return self.neck(z_BD)
+    def forward(
+        self, x_BF: Tensor, keys_B: Tensor | None = None, task_B: Tensor | None = None, step_key: Tensor | None = None
+    ) -> Tensor:
+        given: dict[str, Any] = {}
+        if self.takes_step:
+            given["step_key"] = step_key
+        if self.takes_keys:
+            given["keys_B"] = keys_B
+        if self.takes_tasks:
+            given["task_B"] = task_B
+        found = self.trunk(x_BF if self.ranges is None else split_inputs(x_BF, self.ranges), **given)
+        if isinstance(found, Tensor):
+            found = {next(iter(self.given)): found}
+        if {name: tuple(z.shape[1:]) for name, z in found.items()} != self.given:
+            raise UserError(
+                f"model.trunk: {type(self.trunk).__name__} gives {_shown({n: tuple(z.shape[1:]) for n, z in found.items()})}, "
+                f"but its out_features say {_shown(self.given)}"
+            )
+        if self.one_feature:
+            (z_BD,) = found.values()
+            return self.neck(z_BD)
+        return torch.cat([found[name].flatten(1) for name in self.given], 1)
 
 
-def build_shared(config: ModelConfig, in_features: int, seed: int) -> SharedModel:
-    """The shared network of a config, initialised from `seed` alone.
+def check_packed(shared: SharedModel, features: Sequence[Feature]) -> None:
+    """Whether features that are packed in numbers (token ids) meet a trunk that unpacks them, and the other way round.
 
     Raises:
-        UserError: unknown trunk or option, or a trunk that does not map `[B, F]` to `[B, D]`.
+        UserError: one is there without the other, or token ids that have no embedding.
     """
+    trunk, name = shared.trunk, type(shared.trunk).__name__
+    readers = [module for module in trunk.modules() if isinstance(getattr(module, "unpacks", None), str)]
+    packed = {feature.packed for feature in features if feature.packed}
+    for reader in readers:
+        if reader.unpacks not in packed:
+            raise UserError(f"model.trunk: {name} reads {reader.unpacks}, which no feature of inputs gives; use Tokens")
+    if readers and shared.ranges is None and len(features) > 1:
+        raise UserError(
+            f"model.trunk: {name} reads one feature of {readers[0].unpacks}, but inputs has {len(features)} features"
+        )
+    own = type(trunk).__module__.partition(".")[0] != "mtrain"  # may do with them what it likes
+    for feature in features:
+        if feature.packed and not own and not any(reader.unpacks == feature.packed for reader in readers):
+            columns, kind = feature.state["columns"], type(feature).__name__
+            raise UserError(
+                f"inputs.{columns[0]}: {kind} gives {feature.packed}, which trunk {name} cannot read; use TextEncoder"
+            )
+    for reader in readers:
+        if isinstance(reader, TextEncoder):
+            reader.check_vocabulary([feature for feature in features if feature.packed == reader.unpacks])
+
+
+def check_tasks(shared: SharedModel, saved: Sequence[str], now: Sequence[str]) -> None:
+    """Whether the parameters of a trunk that reads each row's task are of these tasks.
+
+    Raises:
+        UserError: they were saved for others.
+    """
+    if shared.takes_tasks and list(saved) != list(now):
+        name = type(shared.trunk).__name__
+        raise UserError(f"trunk {name} was saved for {len(saved)} tasks that are not the {len(now)} of now; start a new run")
+
+
+def split_inputs(x_BF: Tensor, ranges: Ranges) -> dict[str, Tensor]:
+    """The columns of each input by its name, as views where they stand together."""
+    parts = {name: [x_BF[:, columns] for columns in of_name] for name, of_name in ranges.items()}
+    return {name: of_name[0] if len(of_name) == 1 else torch.cat(of_name, 1) for name, of_name in parts.items()}
+
+
+def shared_network(config: Config, widths: Sequence[tuple[Sequence[str], int]], tasks: Sequence[str]) -> SharedModel:
+    """The shared network of a run.
+
+    Args:
+        widths: of each feature the columns that it reads, and its width.
+        tasks: names of all tasks.
+
+    Raises:
+        UserError: `model.inputs` does not fit the data, or as `build_shared`.
+    """
+    ranges = input_ranges(config, widths)
+    return build_shared(config.model, ranges, config.train.seed, tasks, config.data.by_task, config.data.root)
+
+
+def input_ranges(config: Config, widths: Sequence[tuple[Sequence[str], int]]) -> Ranges:
+    """The columns of `x_BF` of each input by name: as `model.inputs` says, else by the keys of `inputs`.
+
+    Raises:
+        UserError: a pattern of `model.inputs` matches no column; a column, or a feature of several, is of no name, or of two.
+    """
+    keys = [key for key, specs in config.inputs.items() for _ in specs] or [columns[0] for columns, _ in widths]
+    named = config.model.inputs
+    known = [column for columns, _ in widths for column in columns]
+    for name, patterns in (named or {}).items():
+        for pattern in patterns or [""]:
+            if not any(matches(column, pattern) for column in known):
+                raise UserError(f"model.inputs.{name}: no input column '{pattern}'{nearest(pattern, known)}")
+    ranges: Ranges = {name: [] for name in (named or keys)}
+    start = 0
+    for key, (columns, width) in zip(keys, widths, strict=True):
+        of_name = ranges[key if named is None else _name_of(columns, key, named)]
+        stop = start + width
+        if of_name and of_name[-1].stop == start:
+            start = of_name.pop().start
+        of_name.append(slice(start, stop))
+        start = stop
+    return ranges
+
+
+def _name_of(columns: Sequence[str], key: str, named: Mapping[str, Sequence[str]]) -> str:
+    """The name in `model.inputs` of a feature that reads `columns`."""
+    first: dict[str, str] = {}
+    for column in columns:
+        names = [name for name, patterns in named.items() if any(matches(column, pattern) for pattern in patterns)]
+        if len(names) != 1:
+            what = f"is in {names[0]} and {names[1]}" if names else "is in none of its names"
+            raise UserError(f"model.inputs: column '{column}' {what}; give each input column one name")
+        first.setdefault(names[0], column)
+    if len(first) > 1:
+        one, other = list(first)[:2]
+        raise UserError(
+            f"model.inputs: the feature inputs.{key} reads '{first[one]}' of {one} and '{first[other]}' of {other} together; "
+            "give each name its own keys in inputs"
+        )
+    return next(iter(first))
+
+
+def build_shared(
+    config: ModelConfig,
+    inputs: int | Ranges,
+    seed: int,
+    tasks: Sequence[str] = (),
+    by_task: bool = False,
+    root: str | None = None,
+) -> SharedModel:
+    """The shared network of a config, initialised from `seed` alone.
+
+    Args:
+        inputs: their width, or the columns of each input by name.
+        by_task: whether each row is of one task.
+        root: folder of the data.
+
+    Raises:
+        UserError: unknown trunk or option, inputs by name for a trunk that takes one matrix, tasks of rows where rows have
+            none, or a trunk that does not map `[B, F]` to features.
+    """
+    name, ranges = config.trunk.class_path, {"inputs": [slice(0, inputs)]} if isinstance(inputs, int) else inputs
+    width_of = {name: sum(columns.stop - columns.start for columns in of_name) for name, of_name in ranges.items()}
+    in_features = sum(width_of.values())
+    by_name = "inputs" in signature(config.trunk, TRUNKS, "model.trunk")
+    if config.inputs is not None and not by_name:
+        raise UserError(f"model.inputs: trunk {name} takes all inputs as one matrix, not {', '.join(config.inputs)} by name")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        trunk = build(config.trunk, TRUNKS, "model.trunk", in_features=in_features)
+        given = {"in_features": in_features, "inputs": width_of, "tasks": list(tasks), "root": root}
+        try:
+            trunk = build(config.trunk, TRUNKS, "model.trunk", **given)
+        except UserError as error:
+            if by_name and isinstance(error.__cause__, KeyError):
+                raise UserError(f"model.inputs: trunk {name} wants {error.__cause__}, found {', '.join(width_of)}") from error
+            raise
         if not isinstance(trunk, nn.Module):
-            raise UserError(f"model.trunk: '{config.trunk.class_path}' is not an nn.Module")
-        return SharedModel(trunk, _width(trunk, in_features, config.trunk.class_path), config.neck)
+            raise UserError(f"model.trunk: '{name}' is not an nn.Module")
+        if "task_B" in inspect.signature(trunk.forward).parameters and not by_task:
+            raise UserError(f"model.trunk: {name} reads each row's task, which only layouts routed and files have")
+        taken = ranges if by_name else None
+        return SharedModel(trunk, feature_shapes(trunk, in_features, taken, name), config.neck, taken)
 
 
-def _width(trunk: nn.Module, in_features: int, name: str) -> int:
-    width = getattr(trunk, "out_features", None)
-    if isinstance(width, int):
-        return width
-    training = trunk.training
+def feature_shapes(trunk: nn.Module, in_features: int, ranges: Ranges | None, name: str) -> dict[str, Shape]:
+    """Shapes of a trunk's features: as `out_features` says, else by a trial pass."""
+    said = getattr(trunk, "out_features", None)
+    if said is None:
+        said = _tried(trunk, in_features, ranges, name)
+    shapes = {FEATURES: said} if not isinstance(said, Mapping) else said
+    found = {key: (shape,) if isinstance(shape, int) else tuple(shape) for key, shape in shapes.items()}
+    if not found or any(len(shape) not in (1, 2) or min(shape) < 1 for shape in found.values()):
+        raise UserError(f"model.trunk: {name} has {_shown(found)} for a row, expected D or (E, D) for each feature")
+    return found
+
+
+def _tried(trunk: nn.Module, in_features: int, ranges: Ranges | None, name: str) -> dict[str, Shape]:
+    """Shapes of a row of what a trunk gives."""
+    training, x_2F = trunk.training, torch.zeros(2, in_features)
+    given = {"task_B": torch.zeros(2, dtype=torch.int64)} if "task_B" in inspect.signature(trunk.forward).parameters else {}
     try:
         with torch.no_grad():
-            z = trunk.eval()(torch.zeros(2, in_features))
+            z = trunk.eval()(x_2F if ranges is None else split_inputs(x_2F, ranges), **given)
+    except UserError:
+        raise
     except Exception as error:
-        raise UserError(f"model.trunk: {name} fails on inputs of shape [2, {in_features}]: {error}") from error
+        what = f"{type(error).__name__}: {error}"
+        raise UserError(f"model.trunk: {name} fails on inputs of shape {_input_shapes(in_features, ranges)}: {what}") from error
     finally:
         trunk.train(training)
-    if not isinstance(z, Tensor) or z.dim() != 2 or len(z) != 2:
-        shape = list(z.shape) if isinstance(z, Tensor) else type(z).__name__
-        raise UserError(f"model.trunk: {name} gives {shape} for inputs [2, {in_features}], expected features [2, D]")
-    return z.shape[1]
+    members = getattr(trunk, "members", 1)
+    found = z if isinstance(z, Mapping) else {FEATURES: z}
+    for feature in found.values():
+        if not isinstance(feature, Tensor) or feature.dim() < 2 or len(feature) != 2:
+            shape = list(feature.shape) if isinstance(feature, Tensor) else type(feature).__name__
+            raise UserError(
+                f"model.trunk: {name} gives {shape} for inputs {_input_shapes(in_features, ranges)}, expected features [2, D], "
+                "or several by name"
+            )
+    return {key: tuple(feature.shape[2 if members > 1 else 1 :]) for key, feature in found.items()}
+
+
+def _input_shapes(in_features: int, ranges: Ranges | None) -> str:
+    if ranges is None:
+        return f"[2, {in_features}]"
+    widths = {name: sum(columns.stop - columns.start for columns in of_name) for name, of_name in ranges.items()}
+    return ", ".join(f"{name} [2, {width}]" for name, width in widths.items())
+
+
+def _shown(features: Mapping[str, Shape]) -> str:
+    return ", ".join(f"{name} {list(shape)}" for name, shape in features.items())

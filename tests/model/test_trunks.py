@@ -8,10 +8,10 @@ from torch import nn
 from torch.nn import functional as F
 
 from mtrain.components import Spec
-from mtrain.config import ModelConfig
+from mtrain.config import ModelConfig, check_config
 from mtrain.errors import UserError
 from mtrain.model.dropout import row_keys
-from mtrain.model.trunks import MLP, build_shared
+from mtrain.model.trunks import MLP, build_shared, check_tasks, shared_network, split_inputs
 
 
 class Own(nn.Module):
@@ -117,3 +117,109 @@ def test_each_member_of_an_ensemble_is_a_network_of_its_own():
         for linear in model.linears:
             h = torch.relu(F.linear(h, linear.weight[m], linear.bias[m]))
         torch.testing.assert_close(features[:, m], h)
+
+
+class Named(nn.Module):
+    """Reads inputs by name, and gives several features."""
+
+    def __init__(self, inputs: dict[str, int], tasks: list[str], said: bool = True):
+        super().__init__()
+        self.left, self.right = nn.Linear(inputs["left"], 3), nn.Linear(inputs["right"], 8)
+        self.tasks = tasks
+        if said:
+            self.out_features = {"one": 3, "experts": [2, 4]}
+
+    def forward(self, inputs):
+        return {"experts": self.right(inputs["right"]).view(-1, 2, 4), "one": self.left(inputs["left"])}
+
+
+class ByTask(nn.Module):
+    def __init__(self, in_features: int, tasks: list[str]):
+        super().__init__()
+        self.bias = nn.Embedding(len(tasks), in_features)
+
+    def forward(self, x_BF, task_B=None):
+        return x_BF + self.bias(task_B)
+
+
+class Lies(nn.Module):
+    def __init__(self, in_features: int):
+        super().__init__()
+        self.out_features = in_features + 1
+
+    def forward(self, x_BF):
+        return x_BF
+
+
+def network(columns, trunk, model=None, inputs=None, layout="grid", tasks=("t", "u")):
+    """The shared network for features that read `columns`: of each its names, and its width."""
+    inputs = inputs or {names[0]: "Numeric" for names, _ in columns}
+    data = {"path": "x.csv", "layout": layout} | ({} if layout == "grid" else {"task": "task", "label": "y"})
+    config = check_config({"data": data, "inputs": inputs, "model": {"trunk": trunk} | (model or {})}, "test")
+    return shared_network(config, columns, tasks)
+
+
+WIDE = [(["left_a", "left_b"], 4), (["right"], 2), (["left_c"], 1)]
+KEYS = {"left_?": "Numeric", "right": "Numeric", "left_c": "Numeric"}
+NAMED = {"class_path": "own_trunks.Named"}
+BY_NAME = {"left": "left_*", "right": ["right"]}
+
+
+@pytest.mark.parametrize("said", [True, False])
+def test_inputs_come_by_name_and_features_leave_by_name(said):
+    model = network(WIDE, NAMED | {"init_args": {"said": said}}, {"inputs": BY_NAME}, KEYS)
+    x = torch.randn(5, 7)
+    one = model.trunk.left(torch.cat([x[:, :4], x[:, 6:]], 1))
+    experts = model.trunk.right(x[:, 4:6])
+    z = {"one": one, "experts": experts.view(5, 2, 4)}
+    assert model.trunk.tasks == ["t", "u"]
+    order = ["one", "experts"] if said else ["experts", "one"]
+    assert list(model.features) == order
+    assert model.features == {"one": (3,), "experts": (2, 4)}
+    torch.testing.assert_close(model(x), torch.cat([z[name].flatten(1) for name in order], 1))
+    torch.testing.assert_close(model(x)[:, model.columns["experts"]], experts)
+    assert model.out_features == 11
+    assert model.linear_neck is None
+
+
+def test_without_names_in_the_model_the_keys_of_inputs_are_the_names():
+    columns = [(["a"], 3), (["a"], 2), (["b"], 5)]
+    model = network(columns, "FeatureFusion", inputs={"a": ["Numeric", "Categorical"], "b": "Numeric"})
+    assert model.ranges == {"a": [slice(0, 5)], "b": [slice(5, 10)]}
+    found = split_inputs(x := torch.randn(2, 10), model.ranges)
+    assert found["b"].data_ptr() == x[:, 5:].data_ptr()  # a view
+
+
+def test_a_trunk_gets_each_rows_task():
+    model = network([(["a"], 3)], "own_trunks.ByTask", layout="routed")
+    x, task_B = torch.randn(4, 3), torch.tensor([1, 0, 1, 1])
+    torch.testing.assert_close(model(x, None, task_B), x + model.trunk.bias.weight[task_B])
+    with pytest.raises(UserError, match="saved for 1 tasks that are not the 2 of now"):
+        check_tasks(model, ["t"], ["t", "u"])
+
+
+@pytest.mark.parametrize(
+    ("trunk", "given", "words"),
+    [
+        ("MLP", BY_NAME, "trunk MLP takes all inputs as one matrix, not left, right by name"),
+        (NAMED, {"left": "left_*", "wrong": "right"}, "Named wants 'right', found left, wrong"),
+        (NAMED, {"left": "lft_*", "right": "right"}, r"model.inputs.left: no input column 'lft_\*'; did you mean"),
+        (NAMED, {"left": ["left_a", "left_b"], "right": "right"}, "column 'left_c' is in none of its names"),
+        (NAMED, {"left": "left_*", "right": ["right", "left_c"]}, "column 'left_c' is in left and right"),
+        (NAMED, {"left": ["left_a", "left_c"], "right": ["right", "left_b"]}, "reads 'left_a' of left and 'left_b' of right"),
+        (NAMED, {"left": [], "right": "right"}, "model.inputs.left: no input column ''"),
+        ("FeatureFusion", None, r"equal width, found left_\? 4, right 2, left_c 1"),
+        ("own_trunks.ByTask", None, "reads each row's task, which only layouts routed and files have"),
+    ],
+)
+def test_inputs_that_do_not_fit_are_refused_in_one_line(trunk, given, words):
+    with pytest.raises(UserError, match=words) as caught:
+        network(WIDE, trunk, {"inputs": given}, KEYS)
+    assert "\n" not in str(caught.value)
+
+
+def test_features_that_do_not_fit_are_refused_in_one_line():
+    with pytest.raises(UserError, match=r"gives one \[3\], experts \[2, 4\]; a neck needs one feature|the trunk gives one"):
+        network(WIDE, NAMED, {"inputs": BY_NAME, "neck": 4}, KEYS)
+    with pytest.raises(UserError, match=r"Lies gives features \[4\], but its out_features say features \[5\]"):
+        shared("own_trunks.Lies")(torch.zeros(2, 4))
