@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
@@ -78,11 +78,15 @@ class _Options:
     """What the config, and `own` kinds and weights of a task table, say of each task."""
 
     def __init__(self, config: TasksConfig, own: Mapping[str, tuple[Kind | None, float | None]] | None = None):
-        self._own = own or {}
+        self._own = dict(own or {})
         self._default = None if config.kind is None else _kind(config.kind, "tasks.kind")
         self._patterns = Patterns(list(config.by_name))
         self._options = list(config.by_name.values())
         self._kinds = [None if o.kind is None else _kind(o.kind, f"tasks.by_name.{p}.kind") for p, o in config.by_name.items()]
+
+    def add(self, name: str, kind: Kind | None) -> None:
+        """A derived task, with the kind it has where the config says nothing of it by name."""
+        self._own[name] = (kind, None)
 
     def kind(self, name: str) -> Kind | None:
         """The last that matches; None: to be inferred."""
@@ -100,23 +104,25 @@ class _Options:
 
 
 def read_grid(data: Table, columns: list[str], config: TasksConfig, missing: Sequence[float | str]) -> LabelTable:
-    """One task per label column; NaN, null, empty text and `missing` are no label."""
-    if not columns:
+    """One task per label column, and derived ones; NaN, null, empty text and `missing` are no label."""
+    sources = [derived.label for derived in config.derived.values()]
+    read = list(dict.fromkeys([*columns, *(name for name in sources if name in data.column_names)]))
+    if not read:
         raise UserError("tasks.labels: no label column is left; name columns that are not inputs, key or weight")
-    table = data.read(columns)
+    table = data.read(read)
     options = _Options(config)
     every = np.zeros(len(data), dtype=np.int64)
-    parsed = [parse_labels(table[name], _in_column(name, data), missing, every, [options.kind(name)]) for name in columns]
+    parsed = [parse_labels(table[name], _in_column(name, data), missing, every, [options.kind(name)]) for name in read]
     row_of = [np.flatnonzero(~np.isnan(value)) for value, _ in parsed]
     count_T = np.array([len(rows) for rows in row_of])
-    return _finish(
-        names=columns,
-        task_P=np.repeat(np.arange(len(columns)), count_T),
+    labels = _Labels(
+        names=read,
+        task_P=np.repeat(np.arange(len(read)), count_T),
         row_P=np.concatenate(row_of),
         y_P=np.concatenate([value[rows] for (value, _), rows in zip(parsed, row_of, strict=True)]),
         texts=[texts[0] for _, texts in parsed],
-        options=options,
     )
+    return _finish(_derive(labels, len(columns), config, options, data.column_names), options)
 
 
 def read_long(data: Table, task: str, label: str, config: TasksConfig, missing: Sequence[float | str]) -> LabelTable:
@@ -133,18 +139,18 @@ def read_long(data: Table, task: str, label: str, config: TasksConfig, missing: 
         raise UserError(f"tasks.labels: none of the {len(all_names)} tasks of column '{task}' is left; exclude fewer")
     selected = set(names)
     kept = np.array([name in selected for name in all_names])
+    if config.others == "refuse" and not kept.all():
+        row = int(np.flatnonzero(~kept[task_N])[0])
+        raise UserError(
+            f"column '{task}', {data.where(row)}: found '{all_names[task_N[row]]}', expected one of {some(names)} "
+            "(tasks.labels; tasks.others: leave_out leaves other rows out)"
+        )
     task_N = np.where(kept, np.cumsum(kept) - 1, -1)[task_N]
     options = _Options(config)
     value, texts = parse_labels(table[label], _in_column(label, data), missing, task_N, [options.kind(name) for name in names])
     row_P = np.flatnonzero((task_N >= 0) & ~np.isnan(value))
-    result = _finish(
-        names=names,
-        task_P=task_N[row_P],
-        row_P=row_P,
-        y_P=value[row_P],
-        texts=texts,
-        options=options,
-    )
+    labels = _Labels(names, task_P=task_N[row_P], row_P=row_P, y_P=value[row_P], texts=texts)
+    result = _finish(_derive(labels, len(names), config, options, names), options)
     left_out = len(task_N) - len(row_P)
     if left_out:
         result.notes.append(f"{left_out} rows without a label or of tasks that are not selected are left out")
@@ -185,15 +191,14 @@ def read_files(
     if not tasks:
         raise UserError(f"none of the {len(columns)} tasks has usable labels; the first: {left_out[0][1]}")
     row_of = [np.flatnonzero(~np.isnan(value)) for value, _ in parsed]
-    result = _finish(
+    labels = _Labels(
         names=[files.sources[t].name for t in tasks],
         task_P=np.repeat(np.arange(len(tasks)), [len(rows) for rows in row_of]),
         row_P=np.concatenate([files.first_T[t] + rows for t, rows in zip(tasks, row_of, strict=True)]),
         y_P=np.concatenate([value[rows] for (value, _), rows in zip(parsed, row_of, strict=True)]),
         texts=[texts[0] for _, texts in parsed],
-        options=options,
-        left_out=[name for name, _ in [*files.skipped, *left_out]],
     )
+    result = _finish(labels, options, [name for name, _ in [*files.skipped, *left_out]])
     if left_out:
         reasons = some([reason for _, reason in left_out], 3)
         result.notes.append(f"{len(left_out)} tasks have labels that cannot be used and are left out: {reasons}")
@@ -304,7 +309,10 @@ def parse_labels(
         value = pc.cast(column, pa.float64(), safe=False).to_numpy()
         value = np.where(np.isin(value, _numbers(missing)), np.nan, value)
     else:
-        raise UserError(f"{where(None)}: found type {kind_of}, expected numbers, booleans or text")
+        hint = ""
+        if pa.types.is_nested(kind_of):
+            hint = ": one label for each row; token-level tasks are not trained here, several labels need a column each"
+        raise UserError(f"{where(None)}: found type {kind_of}, expected numbers, booleans or text{hint}")
     beyond = np.flatnonzero(np.abs(value) > FLOAT32_MAX)
     if len(beyond):
         raise UserError(
@@ -371,18 +379,81 @@ def _kind(spec: Spec, where: str) -> Kind:
     return kind
 
 
-def _finish(
-    names: list[str],
-    task_P: NDArray[np.int64],
-    row_P: NDArray[np.int64],
-    y_P: NDArray[np.float64],
-    texts: list[list[str] | None],
-    options: _Options,
-    left_out: Sequence[str] = (),
-) -> LabelTable:
+@dataclass(frozen=True)
+class _Labels:
+    """Labels as they were read: numbers, or positions in `texts` where a task has them.
+
+    label, because: of derived tasks, where their labels are, and what they are.
+    """
+
+    names: list[str]
+    task_P: NDArray[np.int64]
+    row_P: NDArray[np.int64]
+    y_P: NDArray[np.float64]
+    texts: list[list[str] | None]
+    label: dict[str, str] = field(default_factory=dict)
+    because: dict[str, str] = field(default_factory=dict)
+
+
+def _derive(labels: _Labels, num_tasks: int, config: TasksConfig, options: _Options, known: Sequence[str]) -> _Labels:
+    """With the derived tasks; of the columns only the first `num_tasks` stay tasks.
+
+    Raises:
+        UserError: a label that is not `known`, a name that is taken, or no classes where each is to be a task.
+    """
+    if not config.derived:
+        return labels
+    names, texts = labels.names[:num_tasks], labels.texts[:num_tasks]
+    kept = labels.task_P < num_tasks
+    task, row, y = [labels.task_P[kept]], [labels.row_P[kept]], [labels.y_P[kept]]
+    label, because, taken = {}, {}, set(names)
+
+    def add(name: str, own: NDArray[np.bool_], y_P: NDArray[np.float64], of_text: list[str] | None, kind: Kind | None) -> None:
+        if name in taken:
+            raise UserError(f"tasks.derived: '{name}' is already the name of a task; choose another")
+        task.append(np.full(len(y_P), len(names)))
+        row.append(labels.row_P[own])
+        y.append(y_P)
+        names.append(name)
+        taken.add(name)
+        texts.append(of_text)
+        options.add(name, kind)
+
+    for name, derived in config.derived.items():
+        if derived.label not in labels.names:
+            chained = "a derived task, expected one" if derived.label in config.derived else "no column or task"
+            near = "" if derived.label in config.derived else nearest(derived.label, known)
+            raise UserError(f"tasks.derived.{name}.label: '{derived.label}' is {chained} that is read from the data{near}")
+        source = labels.names.index(derived.label)
+        own, of_text, kind = labels.task_P == source, labels.texts[source], options.kind(derived.label)
+        y_P = labels.y_P[own]
+        if ("{class}" in name) != derived.one_against_rest:
+            expected = "{class} in the name, for each class's task" if derived.one_against_rest else "one_against_rest: true"
+            raise UserError(f"tasks.derived.{name}: expected {expected}")
+        if not derived.one_against_rest:
+            add(name, own, y_P, of_text, kind)
+            label[name] = derived.label
+            continue
+        distinct = _Distinct.of(np.zeros_like(row_P := labels.row_P[own]), y_P, 1)
+        if kind is None and len(row_P):
+            kind, _ = distinct.infer(0, of_text is not None)
+        if kind is None or not kind.has_classes:
+            raise UserError(
+                f"tasks.derived.{name}: '{derived.label}' is {kind.name if kind else 'without labels'}, expected kind "
+                "multiclass: one_against_rest makes a task for each class"
+            )
+        for value, class_name in zip(distinct.values(0), distinct.class_names(0, of_text), strict=True):
+            of_class = name.replace("{class}", class_name)
+            add(of_class, own, (y_P == value).astype(np.float64), None, Binary())
+            label[of_class], because[of_class] = derived.label, f"class {class_name} of {derived.label}"
+    return _Labels(names, np.concatenate(task), np.concatenate(row), np.concatenate(y), texts, label, because)
+
+
+def _finish(labels: _Labels, options: _Options, left_out: Sequence[str] = ()) -> LabelTable:
     """Skip tasks without labels, infer kinds, turn classes into indices, check every label against its kind."""
     notes = []
-    options.check([*names, *left_out])
+    names, task_P, row_P, y_P, texts = labels.names, labels.task_P, labels.row_P, labels.y_P, labels.texts
+    options.check([*names, *labels.label.values(), *left_out])
     count_T = np.bincount(task_P, minlength=len(names))
     empty = [names[t] for t in np.flatnonzero(count_T == 0)]
     if len(empty) == len(names):
@@ -397,10 +468,10 @@ def _finish(
     tasks, reasons = [], []
     for t, original in enumerate(keep):
         name = names[original]
-        kind, reason = options.kind(name), "as configured"
+        kind, reason = options.kind(name), labels.because.get(name, "as configured")
         if kind is None:
             kind, reason = distinct.infer(t, texts[original] is not None)
-        tasks.append(Task(name, kind, name, (), options.weight(name)))
+        tasks.append(Task(name, kind, labels.label.get(name, name), (), options.weight(name)))
         reasons.append(reason)
     if not any(task.weight for task in tasks):
         raise UserError("tasks.by_name: every task has weight 0, so nothing would be trained; give some a positive weight")

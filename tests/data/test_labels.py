@@ -16,7 +16,11 @@ NAN = float("nan")
 
 
 def grid(columns, missing=(), **config):
-    return read_grid(MappedTable(datasets.Dataset(pa.table(columns)), 100), list(columns), TasksConfig(**config), list(missing))
+    return grid_of(columns, list(columns), missing, **config)
+
+
+def grid_of(columns, selected, missing=(), **config):
+    return read_grid(MappedTable(datasets.Dataset(pa.table(columns)), 100), selected, TasksConfig(**config), list(missing))
 
 
 def long(columns, missing=(), **config):
@@ -244,3 +248,65 @@ def test_a_row_of_several_files_is_named_by_its_file(tmp_path):
     (tmp_path / "b.csv").write_text("task,y\nt,1\n,1\n")
     with pytest.raises(UserError, match=re.escape(f"column 'task', {files[1]}, row 2: found no task name")):
         read_long(TextTable(files, "csv", 2, 0), "task", "y", TasksConfig(), [])
+
+
+def test_derived_tasks_have_the_labels_of_their_column_under_kinds_and_weights_of_their_own():
+    columns = {"y": ["b", "a", None, "c"] * 10, "z": [0.5, 1.5, NAN, 2.0] * 10, "w": [1, 2, 3, 4] * 10}
+    derived = {
+        "z again": {"label": "z"},
+        "is_{class}": {"label": "y", "one_against_rest": True},
+        "star {class}": {"label": "w", "one_against_rest": True},
+    }
+    by_name = {"z again": {"kind": {"class_path": "regression", "init_args": {"loss": "huber"}}}, "is_*": {"weight": 0.5}}
+    for selected in (["y", "z", "w"], ["z"]):  # a derived task's column need not be a task
+        table = grid_of(columns, selected, derived=derived, by_name=by_name)
+        found = entries(table)
+        stars = [f"star {c}" for c in (1, 2, 3, 4)]
+        assert list(found) == [*selected, "z again", "is_a", "is_b", "is_c", *stars]
+        assert found["z again"] == found["z"]
+        assert kinds(table)["is_a"] == kinds(table)["star 3"] == "binary"
+        for letter in "abc":
+            expected = {row: float(y == letter) for row, y in enumerate(columns["y"]) if y is not None}
+            assert found[f"is_{letter}"] == expected
+        assert found["star 3"] == {row: float(w == 3) for row, w in enumerate(columns["w"])}
+        tasks = {task.name: task for task in table.tasks}
+        assert (tasks["z again"].kind.loss, tasks["z again"].label, tasks["is_b"].label) == ("huber", "z", "y")
+        assert (tasks["is_b"].weight, tasks["star 3"].weight) == (0.5, 1.0)
+        assert table.reason_T[table.tasks.names.index("is_b")] == "class b of y"
+
+
+def test_derived_tasks_of_a_long_table_have_the_rows_of_the_task_they_are_derived_from():
+    columns = {"task": ["p", "q", "p", "q", "p"], "y": ["1.5", "u", "2", "v", ""]}
+    derived = {"p2": {"label": "p"}, "q={class}": {"label": "q", "one_against_rest": True}}
+    found = entries(long(columns, derived=derived))
+    assert found["p2"] == found["p"] == {0: 1.5, 2: 2.0}
+    assert found["q=u"] == {1: 1.0, 3: 0.0}
+    assert found["q=v"] == {1: 0.0, 3: 1.0}
+
+
+@pytest.mark.parametrize(
+    ("derived", "line"),
+    [
+        ({"a": {"label": "yy"}}, "tasks.derived.a.label: 'yy' is no column or task that is read .* did you mean 'y'"),
+        ({"z": {"label": "y"}}, "'z' is already the name of a task"),
+        ({"{class}": {"label": "c", "one_against_rest": True}}, "'z' is already the name of a task"),
+        ({"a {class}": {"label": "y", "one_against_rest": True}}, "'y' is regression, expected kind multiclass"),
+        ({"a {class}": {"label": "none", "one_against_rest": True}}, "'none' is without labels, expected kind multiclass"),
+        ({"a": {"label": "y", "one_against_rest": True}}, r"tasks.derived.a: expected \{class\} in the name"),
+        ({"a {class}": {"label": "y"}}, "expected one_against_rest: true"),
+        ({"a": {"label": "y"}, "b": {"label": "a"}}, "tasks.derived.b.label: 'a' is a derived task, expected one that is read"),
+    ],
+)
+def test_what_cannot_be_derived_is_said(derived, line):
+    columns = {"y": [0.5, 1.5], "z": [1.0, 2.0], "c": ["z", "u"], "none": pa.array([None, None], pa.float64())}
+    with pytest.raises(UserError, match=line):
+        grid_of(columns, ["y", "z", "c"], derived=derived)
+
+
+def test_rows_of_other_tasks_are_left_out_and_counted_or_refused():
+    columns = {"task": [0, 1, 0, 2, 1], "y": [1.0, 2.0, 3.0, 4.0, 5.0]}
+    table = long(columns, labels=["0", "1"], kind="regression")
+    assert entries(table) == {"0": {0: 1.0, 2: 3.0}, "1": {1: 2.0, 4: 5.0}}
+    assert "1 rows without a label or of tasks that are not selected" in table.notes[0]
+    with pytest.raises(UserError, match="column 'task', row 4: found '2', expected one of 0, 1"):
+        long(columns, labels=["0", "1"], others="refuse")
