@@ -10,7 +10,7 @@ import torch
 from mtrain.config import Config
 from mtrain.data.batch import Grid
 from mtrain.data.prepare import Prepared
-from mtrain.model.trunks import build_shared
+from mtrain.model.trunks import shared_network
 from mtrain.train.loop import build_bank, training_steps
 
 PER_PARAMETER = 16  # bytes: value, gradient and AdamW's two moments in float32
@@ -33,7 +33,7 @@ class Estimate:
 
 def estimate(data: Prepared, config: Config) -> Estimate:
     """Needs the shapes only; the time is rough (a factor of two) and leaves evaluation out."""
-    shared = build_shared(config.model, data.inputs.width, 0)
+    shared = shared_network(config, data.widths, data.tasks.names)
     bank = build_bank(data.tasks, config, shared)
     trunk = sum(p.numel() for p in shared.parameters())
     heads = sum(p.numel() for p in bank.parameters())

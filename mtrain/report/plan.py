@@ -14,7 +14,7 @@ from rich.table import Table
 from mtrain.config import Config
 from mtrain.data.prepare import prepare, read_source
 from mtrain.errors import UserError, some
-from mtrain.model.trunks import build_shared
+from mtrain.model.trunks import shared_network
 from mtrain.parallel.plan import HEAD_BYTES, HOT, Flow, Plan, Workload, flows, make_plan, plain_ddp
 from mtrain.parallel.workload import workload
 from mtrain.report.say import say
@@ -41,7 +41,7 @@ def show_plan(config: Config, beside: Path, ranks: int, memory_gb: float | None,
         raise UserError(f"--ranks is {ranks}, expected at least 1")
     source = read_source(config, beside)
     data = prepare(source, config.split.seeds[0])
-    shared = build_shared(config.model, data.inputs.width, config.train.seed)
+    shared = shared_network(config, data.widths, data.tasks.names)
     work = workload(data.tasks, data.parts["train"].labels, config, shared, sampling_probabilities(data, config))
     print_plan(work, ranks, memory_gb, console, fsdp)
 

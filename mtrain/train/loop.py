@@ -9,36 +9,40 @@ import time
 from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, DistributedType
 from numpy.typing import NDArray
 from rich.console import Console
 
+from mtrain import __version__
 from mtrain.balance import BALANCERS
 from mtrain.balance.base import Balancer, Facts
 from mtrain.components import build
 from mtrain.config import Config, TrainConfig
-from mtrain.data.batch import Pairs
+from mtrain.data.batch import Grid, Pairs
 from mtrain.data.loader import Loader, Part, build_streams
 from mtrain.data.prepare import Prepared
 from mtrain.data.samplers import SAMPLERS, Equal, Sampler, draw
 from mtrain.errors import UserError, some
+from mtrain.model.head_options import forms_by_name, head_forms, head_gate, of_members
 from mtrain.model.heads import HeadBank
-from mtrain.model.trunks import SharedModel, build_shared
+from mtrain.model.trunks import SharedModel, check_packed, check_tasks, shared_network
 from mtrain.parallel.plan import make_plan
 from mtrain.parallel.shard import Shard
 from mtrain.parallel.workload import workload
 from mtrain.parallel.world import World
 from mtrain.parallel.wrap import prepare
+from mtrain.report.affinity import affinity_tables
 from mtrain.report.progress import TrainingProgress
 from mtrain.report.say import say
 from mtrain.tasks import TaskTable
-from mtrain.train.balancing import Balancing, NeckGradients
+from mtrain.train.balancing import LEVELS, Balancing, quantiles
 from mtrain.train.checkpoint import Saved, Snapshot
 from mtrain.train.evaluate import HIGHER_IS_BETTER, Evaluator, Scores, flatten
 from mtrain.train.objective import Objective, coefficients, expected_share
@@ -47,6 +51,7 @@ from mtrain.train.run_dir import RunDir
 from mtrain.train.state import by_task, head_stacks, trunk_tensors
 from mtrain.train.step import Stepper, Totals, count
 from mtrain.train.stop import Preempted, stop_signals
+from mtrain.train.task_gradients import make_task_gradients
 from mtrain.train.tracker import Tracker
 
 DEFAULT_EPOCHS = 30.0
@@ -59,24 +64,28 @@ def build_bank(tasks: TaskTable, config: Config, shared: SharedModel, own: NDArr
     bank = HeadBank(
         [name if m == 0 else f"{name}{MEMBER}{m}" for m in members for name in tasks.names],
         tasks.num_outputs_T.tolist() * len(members),
-        shared.out_features,
-        hidden=head.hidden,
+        shared.features,
         activation=head.activation,
         dropout=head.dropout,
         keys=[(m, task.kind.group_key) for m in members for task in tasks],
         seed=config.train.seed,
         here=None if own is None else [int(m * len(tasks) + t) for m in members for t in own],
+        forms=of_members(head_forms(tasks.names, config), shared.members),
+        gate=head_gate(config),
+        scale_shift=head.scale_shift,
     )
     if own is not None:
         tasks = tasks.take(own)
     with torch.no_grad():
         for number, group in enumerate(bank.groups):
+            if group.fixed:
+                continue
             if head.toward_shared:
                 for stack, start in zip(group.parameters(), bank.common_start(number), strict=True):
                     stack.copy_(start.expand_as(stack))
-                if group.pad_TO is not None:
-                    group.weights[-1][group.pad_TO] = 0
-                    group.biases[-1][group.pad_TO] = 0
+                for stack, pad in zip(group.parameters(), group.padding(), strict=True):
+                    if pad is not None:
+                        stack.masked_fill_(pad, 0)
             if head.bias == "constant":
                 constants = [tasks.stats["constant"][int(t) % len(tasks)] for t in group.task_ids]
                 for bias, logits in zip(group.biases[-1], constants, strict=True):
@@ -211,7 +220,8 @@ class Trainer:
         config, train, device = self.config, self.config.train, self.accelerator.device
         self.accelerator.free_memory()
         self.bad_steps = 0
-        self.shared: SharedModel = build_shared(config.model, self.prepared.inputs.width, train.seed)
+        self.shared: SharedModel = shared_network(config, self.prepared.widths, self.tasks.names)
+        check_packed(self.shared, [item.feature for item in self.prepared.features])
         self.work = workload(self.tasks, self.prepared.parts["train"].labels, config, self.shared, self.sampling_T)
         self.plan = make_plan(self.work, self.world.size)
         self.shard = Shard(self.world, self.plan)
@@ -264,6 +274,7 @@ class Trainer:
             config.model.head,
             own_tasks.stats["train_labels"],
             self.shared.members,
+            self.shared.takes_step,
         )
         self.optimizers = [o for o in (self.trunk_optimizer, self.head_optimizer) if o is not None]
         self.base_lrs = [[group["lr"] for group in o.param_groups] for o in self.optimizers]
@@ -288,15 +299,27 @@ class Trainer:
             torch.tensor(expected_share(self.tasks, config, self.sampling_T), dtype=torch.float32, device=device),
             device,
         )
-        gradients = None
-        if balancer.needs != "losses":
-            grid = self.config.data.layout == "grid"
-            gradients = NeckGradients(name, balancer, self.shared, self.bank, self.shard, grid, config.balancing)
+        gradients, needs = None, balancer.needs
+        if needs != "losses" or config.balancing.affinity:
+            gradients = make_task_gradients(
+                name if needs != "losses" else "balancing.affinity",
+                needs == "gram" or config.balancing.affinity,
+                self.shared,
+                self.bank,
+                self.shard,
+                self.config.data.layout,
+                isinstance(self.prepared.parts["train"].labels, Grid),
+                config.balancing,
+                self.config.train.global_batch,
+                whole_trunk=not (self.config.train.compile or self.accelerator.distributed_type is DistributedType.FSDP),
+            )
         return Balancing(balancer, facts, config.balancing, gradients, self.shard)
 
     def run(self, start: Saved | None = None) -> dict[str, Any]:
         """Train from a checkpoint of this run, or from the start."""
         state = None if start is None else start.state
+        if "trunk" in self.config.freeze and not self.config.init_from and list(self.shared.parameters()):
+            say(self.console, "note: freeze: without init_from the trunk stays as it was built, random or as it loaded itself")
         if self.config.init_from and state is None:
             fresh = len(self.tasks) - len(self.taken)
             self.console.print(f"init_from: trunk and {len(self.taken)} heads taken over, heads that start fresh: {fresh}")
@@ -308,32 +331,39 @@ class Trainer:
                 self.selection.value, self.selection.misses = math.nan, 0
             self.seconds, self.rows, self.run_id = state["seconds"], state["rows"], state["run_id"]
             self.waited, self.in_steps = state["waited"], state["in_steps"]
-        config = self.config.model_dump(mode="json")
+        config = self.config.model_dump(mode="json") | {"versions": {"mtrain": __version__, "torch": torch.__version__}}
         self.run_id = self.world.from_first(self.tracker.start(self.accelerator, self.run_dir.path, config, self.run_id))
         try:
-            return self._run(start)
+            summary = self._run(start)
+            self.tracker.complete()
+            return summary
         finally:
             self.tracker.finish()
 
     def _run(self, start: Saved | None) -> dict[str, Any]:
         parts, inputs = self.prepared.parts, self.prepared.inputs
         in_refit = start is not None and start.state["phase"] == "refit"
-        fit_steps = start.state["offset"] if start is not None and in_refit else 0
+        steps = start.state["offset"] if start is not None and in_refit else 0
         if not in_refit:
-            fit_steps = self._train(self._phase("fit", parts["train"], 0), start)
-        if self.selection.step != fit_steps or in_refit:
+            steps = self._train(self._phase("fit", parts["train"], 0), start)
+        if self.selection.step != steps or in_refit:
             self._load_model(self.run_dir.checkpoints.at(self.selection.step))
         scores: dict[str, Scores] = {}
         if "valid" in parts:
-            scores["valid"] = self.evaluator.score(inputs, parts["valid"], choose_threshold=True)
+            scores["valid"] = self.evaluator.score(inputs, parts["valid"], choose_threshold=True, keep=self._keep("valid"))
         if self.config.split.refit:
             self._build()
-            phase = self._phase("refit", joined([parts["train"], parts["valid"]], len(self.tasks)), fit_steps)
-            self._train(phase, start if in_refit else None)
+            phase = self._phase("refit", joined([parts["train"], parts["valid"]], len(self.tasks)), steps)
+            steps = self._train(phase, start if in_refit else None)
         if "test" in parts:
             threshold_T = scores["valid"].threshold_T if scores else None
-            scores["test"] = self.evaluator.score(inputs, parts["test"], threshold_T=threshold_T)
-        return self._finish(scores)
+            scores["test"] = self.evaluator.score(inputs, parts["test"], threshold_T=threshold_T, keep=self._keep("test"))
+        return self._finish(scores, steps)
+
+    def _keep(self, part: str) -> Callable[[pa.Table], None] | None:
+        """What keeps the predictions of a part."""
+        most = self.config.select.predictions
+        return partial(self.run_dir.save_predictions, part, most) if most else None
 
     def _phase(self, name: str, part: Part, offset: int) -> Phase:
         train = self.config.train
@@ -387,6 +417,7 @@ class Trainer:
                 self.stepper(batch, step, totals, num_labels, num_rows)
                 totals.seconds += time.monotonic() - started
                 step += 1
+                progress.update(step)
                 due = step % phase.eval_every == 0 or step == phase.stop_step
                 if due and evaluates:
                     self._evaluate(phase, step, progress)
@@ -449,7 +480,24 @@ class Trainer:
         values = flatten(scores.summary, "valid")
         self.run_dir.log({"step": phase.offset + step, "phase": phase.name, **values})
         self.tracker.log(values, phase.offset + step)
-        progress.update(step, score=value)
+        self._log_tasks(scores, phase.offset + step)
+        progress.evaluated(step, value, scores.per_task["skill"], self.tasks.names)
+
+    def _log_tasks(self, scores: Scores, step: int) -> None:
+        """Keep an evaluation's values of each task."""
+        none_T = np.full(len(self.tasks), np.nan)
+        columns = {
+            "task": np.array(self.tasks.names, dtype=object),
+            "skill": scores.per_task["skill"],
+            "metric": scores.per_task.get(self.config.select.metric, none_T),
+            "loss": scores.per_task["deviance"],
+            "weight": self.stepper.balancing.weight_T.double().cpu().numpy(),
+        }
+        self.run_dir.add_history(step, columns)
+        for name in ("skill", "weight"):
+            self.tracker.log_histogram(f"tasks/{name}", columns[name], step)
+        worst_first = np.argsort(columns["skill"])
+        self.tracker.log_table("tasks/valid", {name: values[worst_first] for name, values in columns.items()}, step)
 
     def _log(self, phase: Phase, step: int, totals: Totals, progress: TrainingProgress) -> None:
         """Write a line of the curve, and stop where too many steps were not finite."""
@@ -464,6 +512,8 @@ class Trainer:
             "data_wait": totals.waited / totals.seconds if totals.seconds else 0.0,
         }
         line |= self.stepper.balancing.summary()
+        labels = totals.labels_T.double() / max(totals.steps, 1)
+        line |= {f"labels_{name}": value for name, value in zip(LEVELS, quantiles(labels), strict=True)}
         self.rows += totals.rows
         self.waited, self.in_steps = self.waited + totals.waited, self.in_steps + totals.seconds
         bad_task_steps, num_bad = int(totals.bad_T.max()), int((totals.bad_T > 0).sum())
@@ -479,7 +529,14 @@ class Trainer:
                     )
         self.run_dir.log(line)
         self.tracker.log({k: v for k, v in line.items() if isinstance(v, int | float)}, phase.offset + step)
-        progress.update(step, loss=loss, rows=line["rows_per_second"])
+        self.tracker.log_histogram("tasks/labels_per_step", labels.cpu().numpy(), phase.offset + step)
+        progress.update(
+            step,
+            loss=loss,
+            rows=line["rows_per_second"],
+            wait=line["data_wait"],
+            memory=peak_memory_mb(self.accelerator.device),
+        )
         self.bad_steps += bad_task_steps + totals.skipped
         if self.bad_steps > self.config.train.max_bad_steps:
             raise UserError(
@@ -534,17 +591,18 @@ class Trainer:
                 f"train.epochs or train.steps: {state['total_steps']} -> {phase.total_steps} steps, but this run has been "
                 "refitted with what was selected; start a new run"
             )
+        names, now = state["tasks"], self.tasks.names
+        check_tasks(self.shared, names, now)
         saved.copy_into(trunk_tensors(self.shared, self.trunk_optimizer))
         saved.copy_heads(head_stacks(self.bank, self.head_optimizer))
-        names, now = state["tasks"], self.tasks.names
         totals.load_state_dict(by_task(state["totals"], names, now))
         self.bad_steps = state["bad_steps"]
         self.stepper.load_state_dict(by_task(state["stepper"], names, now), names == now)
         if phase.loader.load_state_dict(state["loader"], set(names) == set(now)):
             say(self.console, "with other tasks other rows have labels: the epoch begins anew")
 
-    def _finish(self, scores: dict[str, Scores]) -> dict[str, Any]:
-        """Write per_task.parquet and summary.json."""
+    def _finish(self, scores: dict[str, Scores], step: int) -> dict[str, Any]:
+        """Write per_task.parquet and summary.json, after the last step."""
         tasks, prepared = self.tasks, self.prepared
         columns: dict[str, Any] = {
             "task": tasks.names,
@@ -559,6 +617,11 @@ class Trainer:
             columns[f"{part}_labels"] = found.label_count_T
             columns |= {f"{part}_{name}": value_T for name, value_T in found.per_task.items()}
         self.run_dir.save_table("per_task.parquet", pa.table(columns))
+        balancing = self.stepper.balancing
+        if balancing.cosine_TT is not None and balancing.steps_TT is not None:
+            pairs, groups = affinity_tables(tasks.names, balancing.cosine_TT.cpu().numpy(), balancing.steps_TT.cpu().numpy())
+            self.run_dir.save_table("affinity.parquet", pairs)
+            self.run_dir.save_table("affinity_groups.parquet", groups)
         summary: dict[str, Any] = {part: found.summary for part, found in scores.items()} | {
             "tasks": len(tasks),
             "rows": {part: p.num_rows for part, p in prepared.parts.items()},
@@ -577,6 +640,10 @@ class Trainer:
             "notes": [*prepared.notes, *prepared.inputs.notes()],
         }
         self.run_dir.save_json("summary.json", summary)
+        self.tracker.log_table("tasks/final", columns, step)
+        for part in list(scores)[-1:]:
+            final = flatten(scores[part].summary, f"final/{part}")
+            self.tracker.log({name: value for name, value in final.items() if name.endswith(("/mean", "/median"))}, step)
         return summary
 
 
@@ -616,13 +683,17 @@ def load_start(run: RunDir, config: Config, tasks: TaskTable, shared: SharedMode
     one = run.splits()[0]
     saved, head, theirs = one.model(), config.model.head, one.config().model.head
     try:
+        check_tasks(shared, one.tasks().names, tasks.names)
         saved.copy_into(trunk_tensors(shared))
     except UserError as error:
         raise UserError(f"init_from: {error}") from None
-    if (head.hidden, head.activation) != (theirs.hidden, theirs.activation):
+    options = ("activation", "gate", "scale_shift")
+    if any(getattr(head, option) != getattr(theirs, option) for option in options):
         return []
+    forms, forms_there = forms_by_name(tasks.names, config), forms_by_name(one.tasks().names, one.config())
     like = {task.name: (task.kind.name, task.classes) for task in one.tasks()}
     same = {task.name for task in tasks if like.get(task.name) == (task.kind.name, task.classes)}
+    same = {name for name in same if forms[name] == forms_there[name]}
     stacks = head_stacks(bank)
     for each in stacks:
         each.names = [name if name.split(MEMBER)[0] in same else "" for name in each.names]

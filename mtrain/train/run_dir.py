@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 import yaml
 
 from mtrain.config import Config, check_config, differences, to_yaml
+from mtrain.data.order import mix
 from mtrain.errors import UserError
 from mtrain.parallel.world import World
 from mtrain.tasks import TaskTable
@@ -23,20 +24,24 @@ from mtrain.train.checkpoint import Checkpoints, Saved
 from mtrain.train.stop import Preempted
 
 PREEMPTED = "preempted"
+TABLE = "data.parquet"  # of a run on a table that was in memory
+BESIDE = (".", "baseline")  # how names begin that are not of a run: of unfinished files, and what mtrain baseline writes
+HISTORY = "history.parquet"
+EVALUATIONS = 200  # that the history keeps: where there are more, every second one of them goes
 _NO_MODEL = "holds no model yet, as it has not been evaluated; continue it with mtrain train"
 
 # Changing these does not make another run.
 MAY_CHANGE = (
     "run_dir", "tracker", "data.root", "data.workers", "data.in_memory", "train.epochs", "train.steps", "train.log_every",
     "train.save_every", "train.keep_checkpoints", "train.timeout_minutes", "train.compile", "train.max_bad_steps",
-    "select.patience",
+    "select.patience", "select.predictions",
 )  # fmt: skip
 
 
 class RunDir:
-    """Files of one run: config.yaml, tasks.parquet, features.json, split.parquet, metrics.jsonl, per_task.parquet,
-    summary.json, checkpoints/, and `preempted` while a signal has stopped it. A run over several split seeds holds one such
-    directory per seed, split-<seed>/. All ranks read it, rank 0 writes."""
+    """Files of one run: config.yaml, tasks.parquet, features.json, split.parquet, metrics.jsonl, history.parquet,
+    per_task.parquet, predictions-<part>.parquet, summary.json, checkpoints/, and `preempted` while a signal has stopped it. A
+    run over several split seeds holds one such directory per seed, split-<seed>/. All ranks read it, rank 0 writes."""
 
     def __init__(self, path: Path, keep_checkpoints: int = 1, world: World | None = None):
         self.path, self.keep_checkpoints, self.world = path, keep_checkpoints, world
@@ -78,13 +83,23 @@ class RunDir:
                     f"run_dir {self.path}: holds a run with another configuration: {'; '.join(changed[:3])}{more}; "
                     "choose another --run_dir or remove it"
                 )
-        elif self.path.exists() and not (self.path.is_dir() and all(p.name.startswith(".") for p in self.path.iterdir())):
-            raise UserError(f"run_dir {self.path}: exists and is not a run; choose another --run_dir")
+        self.check_free()
         try:
             self.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(f"run_dir {self.path}: cannot be written: {error.strerror}") from error
         self._write_text("config.yaml", to_yaml(config))
+
+    def check_free(self) -> None:
+        """Whether the directory is a run, or has nothing in it but a table for one and baselines.
+
+        Raises:
+            UserError: it holds something else.
+        """
+        if self.is_run or not self.path.exists():
+            return
+        if not self.path.is_dir() or any(p.name != TABLE and not p.name.startswith(BESIDE) for p in self.path.iterdir()):
+            raise UserError(f"run_dir {self.path}: exists and is not a run; choose another --run_dir")
 
     def config(self) -> Config:
         if not self.is_run:
@@ -175,8 +190,50 @@ class RunDir:
             return
         unfinished = self.path / f".{name}"
         with self._said(name):
-            pq.write_table(table, unfinished)
+            pq.write_table(table, unfinished, compression="zstd")
             os.replace(unfinished, self.path / name)
+
+    def save_predictions(self, part: str, most: int, table: pa.Table) -> None:
+        """Keep predictions of a part, as `evaluate.predictions` gives them: of rows drawn at random, with all their labels, so
+        many as there are at `most` labels of. The drawing depends on the row alone, so that it is alike in all runs."""
+        row_P = table["row"].to_numpy()
+        if len(row_P) > most:
+            rows, labels_R = np.unique(row_P, return_counts=True)
+            order = np.argsort(mix(rows.astype(np.uint64)))
+            kept = rows[order[np.cumsum(labels_R[order]) <= most]]
+            table = table.filter(np.isin(row_P, kept))
+        self.save_table(f"predictions-{part}.parquet", table)
+
+    def per_task(self) -> pa.Table:
+        path = self.path / "per_task.parquet"
+        if not path.is_file():
+            raise UserError(f"run {self.path}: holds no per_task.parquet; expected a run that has been trained to its end")
+        return pq.read_table(path)
+
+    def predictions(self, part: str) -> pa.Table | None:
+        path = self.path / f"predictions-{part}.parquet"
+        return pq.read_table(path) if path.is_file() else None
+
+    def history(self) -> pa.Table | None:
+        """Of the evaluations while training and each task: step, task, skill, metric (the selected one), loss (deviance a
+        label), weight (of the balancer)."""
+        path = self.path / HISTORY
+        return pq.read_table(path) if path.is_file() else None
+
+    def add_history(self, step: int, columns: dict[str, Any]) -> None:
+        """Add an evaluation to `history`; `columns` hold a value for each task."""
+        if not self.writes:
+            return
+        task = pa.array(columns["task"]).dictionary_encode()
+        numbers = {name: pa.array(values, pa.float32()) for name, values in columns.items() if name != "task"}
+        added = pa.table({"step": pa.array(np.full(len(task), step, np.int32)), "task": task, **numbers})
+        before = self.history()
+        if before is not None:
+            steps = np.unique(before["step"].to_numpy())
+            if len(steps) >= EVALUATIONS:
+                before = before.filter(np.isin(before["step"].to_numpy(), steps[1::2]))
+            added = pa.concat_tables([before, added]).unify_dictionaries()
+        self.save_table(HISTORY, added)
 
     def log(self, line: dict[str, Any]) -> None:
         """Add a line to the curve; where the disk is full, when there is room again."""
@@ -194,7 +251,10 @@ class RunDir:
             self._lines = b""
 
     def cut_log(self, step: int) -> list[dict[str, Any]]:
-        """Forget the lines after a step, and a line that was cut short: a resumed run writes them again. Returns the others."""
+        """Forget the lines after a step, and a line that was cut short: a resumed run writes them again. Returns the others.
+        The history forgets what is later too."""
+        if self.writes and (history := self.history()) is not None:
+            self.save_table(HISTORY, history.filter(history["step"].to_numpy() <= step))
         path = self.path / "metrics.jsonl"
         if not (path.is_file() and self.writes):
             return []

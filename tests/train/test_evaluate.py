@@ -51,6 +51,34 @@ def part_of(row, task, y, standard, weight, num_tasks):
     return Part(torch.arange(60), labels, original)
 
 
+@pytest.mark.parametrize("as_pairs", [False, True], ids=["grid", "pairs"])
+def test_kept_predictions_are_those_that_were_scored(problem, as_pairs):
+    tasks, evaluator, x, part, entries = problem
+    tables = []
+    scores = evaluator.score(MemoryInputs(x), part if as_pairs else as_grid(part), keep=tables.append)
+    (kept,) = tables
+    found = {(row["task"], row["row"]): row for row in kept.to_pylist()}
+    assert len(found) == len(kept) == len(entries[0])
+    assert list(found) == sorted(found, key=lambda cell: (tasks.names.index(cell[0]), cell[1]))
+    modules = evaluator.bank.to_modules().double()
+    for row, t, y, _ in zip(*entries, strict=True):
+        task, one = tasks[t], found[tasks[t].name, row]
+        stats, logits = {k: v[t] for k, v in tasks.stats.items()}, modules[task.name](x[row].double()).detach()
+        expected = naive_predictions(task, stats, logits)
+        assert one["label"] == pytest.approx(y, rel=1e-6)
+        if isinstance(task.kind, Multiclass):
+            assert one["probabilities"] == pytest.approx(expected, rel=1e-4, abs=1e-6)
+            assert expected[int(one["prediction"])] == pytest.approx(max(expected), rel=1e-4)
+        else:
+            assert one["probabilities"] is None
+            assert one["prediction"] == pytest.approx(expected, rel=1e-4, abs=1e-5)
+    sums = kept.to_pandas().groupby("task", observed=True)[["deviance", "constant"]].sum()
+    for t, task in enumerate(tasks):
+        if task.name in sums.index:
+            deviance, constant = sums.loc[task.name]
+            assert 1 - deviance / constant == pytest.approx(scores.per_task["skill"][t], rel=1e-4, abs=1e-5)
+
+
 def as_grid(part):
     return Part(part.row_R, part.labels.grid(), part.original.grid())
 
@@ -170,12 +198,11 @@ def test_a_task_that_a_constant_predicts_perfectly_has_no_skill(problem):
     assert np.isfinite(scores.per_task["deviance"][[0, 1, 5]]).all()
 
 
-def test_scoring_and_predicting_leave_the_training_mode_as_it_was(problem):
+def test_scoring_leaves_the_training_mode_as_it_was(problem):
     _, evaluator, x, part, _ = problem
     evaluator.bank.train()
     evaluator.model.eval()
     evaluator.score(MemoryInputs(x), part)
-    list(evaluator.predict(x))
     assert evaluator.bank.training
     assert not evaluator.model.training
 
@@ -184,14 +211,14 @@ def test_predictions_of_all_tasks_equal_a_loop(problem):
     tasks, evaluator, x, _, _ = problem
     modules = evaluator.bank.to_modules().double()
     seen = set()
-    for task_A, value_NAO in evaluator.predict(x):
+    for _, task_A, value_NAO in evaluator.predict(evaluator.model(x)):
         for a, t in enumerate(task_A.tolist()):
             seen.add(t)
             stats = {name: values[t] for name, values in tasks.stats.items()}
             kind = tasks[t].kind
             for row in (0, 41):
                 logits = modules[tasks[t].name](x[row].double()).detach()
-                value = torch.from_numpy(value_NAO[row, a])
+                value = value_NAO[row, a].detach()
                 if isinstance(kind, Multiclass):
                     expected = naive_predictions(tasks[t], stats, logits)
                     assert value[: len(expected)].tolist() == pytest.approx(expected, rel=1e-4)

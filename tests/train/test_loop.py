@@ -57,6 +57,8 @@ def assert_same_run(a, b):
         mine, other = weights(a, name), weights(b, name)
         assert mine.keys() == other.keys()
         assert all(torch.equal(mine[k], other[k]) for k in mine)
+    for table in ("history", "predictions-valid", "predictions-test"):
+        assert pq.read_table(a / f"{table}.parquet").equals(pq.read_table(b / f"{table}.parquet")), table
     first, second = (json.loads((path / "summary.json").read_text()) for path in (a, b))
     for part in ("valid", "test", "selected_step", "selected_value", "labels", "split_hash"):
         assert first[part] == second[part]
@@ -361,8 +363,8 @@ def test_a_run_directory_holds_the_documented_files_and_figures(tmp_path):
     assert all(isinstance(line["step"], int) for line in lines)
     assert [line["step"] for line in lines if "loss" in line][:3] == [3, 6, 9]
     assert {p.name for p in tmp_path.iterdir()} == {
-        "config.yaml", "tasks.parquet", "features.json", "split.parquet", "metrics.jsonl", "per_task.parquet",
-        "summary.json", "checkpoints",
+        "config.yaml", "tasks.parquet", "features.json", "split.parquet", "metrics.jsonl", "history.parquet",
+        "per_task.parquet", "predictions-valid.parquet", "predictions-test.parquet", "summary.json", "checkpoints",
     }  # fmt: skip
 
 

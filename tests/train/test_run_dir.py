@@ -68,3 +68,17 @@ def test_averages_over_split_seeds_have_the_standard_deviation_beside_them():
     assert found["seconds"] == 2.0
     assert found["split_hash"] == ["a", "b", "c"]
     assert found["selected_value"] == pytest.approx(0.5)
+
+
+def test_the_history_of_many_evaluations_is_thinned_and_forgets_what_is_later(tmp_path):
+    run = RunDir(tmp_path)
+    for step in range(1, 251):
+        values = {name: np.array([step, np.nan]) for name in ("skill", "metric", "loss", "weight")}
+        run.add_history(step, {"task": ["a", "b"], **values})
+    frame = run.history().to_pandas()
+    of_a = frame[frame["task"] == "a"]
+    assert of_a["step"].tolist() == [*range(2, 201, 2), *range(201, 251)]
+    assert (of_a["skill"] == of_a["step"]).all()
+    assert len(frame) == 2 * len(of_a)
+    run.cut_log(230)
+    assert run.history()["step"].to_numpy().max() == 230
