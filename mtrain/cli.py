@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import json
 import os
 import sys
 import textwrap
@@ -14,12 +15,13 @@ from typing import Any, NoReturn
 
 from rich.console import Console
 
-from mtrain.config import keys, load_config
+from mtrain.config import keys, load_config, override
 from mtrain.errors import UserError
+from mtrain.report.help import FIRST_RUN, MORE
 from mtrain.train.stop import Preempted, stop_signals
 
 SAID_ONCE = 1.0  # seconds in which a launcher ends the other processes, where rank 0 makes the same mistake
-BENCHES = ("heads", "step", "stream", "scale", "checkpoint", "balance")
+BENCHES = ("heads", "step", "stream", "scale", "checkpoint", "balance", "study", "fusion", "treatment")
 
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:
@@ -53,50 +55,105 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _run(argv: list[str], asked: Callable[[], int | None]) -> None:
-    parser = _Parser(prog="mtrain", description="Train models with 100 to 10,000 tasks.", allow_abbrev=False)
+    form = argparse.RawDescriptionHelpFormatter
+    about = "Train models with 100 to 10,000 tasks."
+    parser = _Parser(prog="mtrain", description=about, epilog=FIRST_RUN, formatter_class=form, allow_abbrev=False)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     def command(name: str, text: str, **options: Any) -> argparse.ArgumentParser:
-        form = argparse.RawDescriptionHelpFormatter
-        return commands.add_parser(name, help=text, description=text, formatter_class=form, allow_abbrev=False, **options)
+        more = f"{text}\n\n{MORE.get(name, '')}".strip()
+        return commands.add_parser(name, help=text, description=more, formatter_class=form, allow_abbrev=False, **options)
 
     overrides = "Any key of the config can follow, as --section.key value:\n\n" + _key_help()
+    init = command(
+        "init",
+        "Look at a table, show what its columns are and why, and write a config that mtrain train runs as it is.",
+        epilog=overrides,
+    )
+    init.add_argument("data", help="CSV, JSON, Parquet or Arrow file, folder or glob of them, or hub id")
+    init.add_argument("-o", "--output", type=Path, metavar="FILE", help="the config; default: the name of the data, .yaml")
+    init.add_argument("--force", action="store_true", help="write over FILE where it exists")
+    init.add_argument(
+        "--layout",
+        choices=["grid", "routed", "pairs", "files"],
+        help="grid: a column for each task; routed: rows that belong to one task each; pairs: a row for each label of a key; "
+        "files: a file for each task",
+    )
+    init.add_argument("--labels", nargs="+", metavar="PATTERN", help="label columns, by name or pattern; the others are inputs")
+    init.add_argument("--key", metavar="COLUMN", help="says which rows are one molecule, customer, ...; they stay together")
+    init.add_argument("--task", metavar="COLUMN", help="of a long table: the task's name")
+    init.add_argument("--label", metavar="COLUMN", help="of a long table, or of a file for each task: the label")
     train = command("train", "Train a config, or continue its run.", epilog=overrides)
-    train.add_argument("config", type=Path, help="YAML file")
+    train.add_argument("config", type=Path, help="YAML file, such as mtrain init writes")
     train.add_argument(
         "--resume",
         default="auto",
         metavar="auto|never|PATH",
-        help="continue from the newest checkpoint, from none, or from one",
+        help="auto: continue from the newest checkpoint of the run directory, if it has one [auto]; never: refuse if it has "
+        "one; PATH: go back to RUN/checkpoints/step-NUMBER",
     )
     tasks = command("tasks", "Show the tasks of a config, and what is suspicious, without training.", epilog=overrides)
-    tasks.add_argument("config", type=Path, help="YAML file")
+    tasks.add_argument("config", type=Path, help="YAML file, such as mtrain init writes")
     evaluate = command("eval", "Score the validation and test parts of a run again.")
     evaluate.add_argument("run", type=Path, help="run directory")
-    predict = command("predict", "Predict every task for every row of a table.")
-    predict.add_argument("run", type=Path, help="run directory")
-    predict.add_argument("data", help="table with the run's input columns; labels are not needed")
-    predict.add_argument("-o", "--output", type=Path, required=True, help=".parquet or .csv")
+    predict = command("predict", "Predict every task for every row of a table, with one run or the mean of several.")
+    predict.add_argument("run", type=Path, nargs="+", help="run directories, of the same tasks")
+    predict.add_argument("data", help="table with the runs' input columns; labels are not needed")
+    predict.add_argument("-o", "--output", type=Path, required=True, metavar="FILE", help="ends in .parquet or .csv")
+    predict.add_argument(
+        "--all-tasks",
+        action="store_true",
+        help="whatever task a row names: it may be one that the run has not, and a trunk that reads it reads every task",
+    )
+    predict.add_argument("--no-calibration", action="store_true", help="leave a run's calibration (mtrain calibrate) off")
+    tune = command("tune", "Search over options of a config on its validation part, and write the best.", epilog=overrides)
+    tune.add_argument("config", type=Path, help="YAML file")
+    tune.add_argument("--trials", type=int, default=20, help="trainings in all, those of earlier calls included [20]")
+    tune.add_argument(
+        "--space",
+        type=Path,
+        metavar="FILE",
+        help="YAML: `train.lr: {low: 1.0e-4, high: 1.0e-2, log: true}`, `train.global_batch: {choices: [64, 128]}`; default: "
+        "learning rate, weight decay and batch about those of the config, and the widths and dropout of an MLP",
+    )
+    calibrate = command("calibrate", "Calibrate a run's probabilities on its validation part, and show what that does.")
+    calibrate.add_argument("run", type=Path, help="run directory; predict and export use its calibration from then on")
+    calibrate.add_argument(
+        "--strength", type=float, default=100, help="rows of the pool of all tasks that each task is pulled towards by [100]"
+    )
+    export = command("export", "Write a run's model for use without mtrain's trainer: torch.export, ONNX, and what they need.")
+    export.add_argument("run", type=Path, help="run directory, of one split seed")
+    export.add_argument("-o", "--output", type=Path, required=True, help="a new folder")
+    export.add_argument("--tasks", nargs="+", metavar="PATTERN", help="names or patterns of tasks; default: all")
+    export.add_argument("--no-onnx", action="store_true", help="leave the ONNX file out")
+    export.add_argument("--no-calibration", action="store_true", help="leave the run's calibration (mtrain calibrate) off")
+    report = command("report", "Write an HTML report of a run, or of several and how they differ from the first.")
+    report.add_argument("run", type=Path, nargs="+", help="run directory; several must have the same split")
+    report.add_argument("-o", "--output", type=Path, default=Path("report.html"), help="HTML file [report.html]")
+    report.add_argument("--resamples", type=int, default=400, help="how often rows are drawn anew for intervals [400]")
+    baseline = command("baseline", "Fit linear models and networks of single tasks: did sharing help?", epilog=overrides)
+    baseline.add_argument("config", type=Path, help="YAML file of the run")
+    baseline.add_argument("-o", "--output", type=Path, metavar="DIR", help="where to write [the run directory]")
     partition = command("partition", "Rewrite a table as a file for each task, for layout files.", epilog=overrides)
-    partition.add_argument("config", type=Path, help="YAML file")
-    partition.add_argument("-o", "--output", type=Path, required=True, help="folder")
+    partition.add_argument("config", type=Path, help="YAML file, such as mtrain init writes")
+    partition.add_argument("-o", "--output", type=Path, required=True, metavar="FOLDER", help="a new one, or one to go on with")
     partition.add_argument("--rows", type=int, default=1024, help="rows of a row group of the files [1024]")
     plan = command("plan", "Show who would own what on so many processes, and what a step would send.", epilog=overrides)
-    plan.add_argument("config", type=Path, help="YAML file")
-    plan.add_argument("--ranks", type=int, required=True, help="processes")
+    plan.add_argument("config", type=Path, help="YAML file, such as mtrain init writes")
+    plan.add_argument("--ranks", type=int, required=True, metavar="N", help="number of processes")
     plan.add_argument("--memory", type=float, metavar="GB", help="of each process, for parameters, gradients and moments")
     plan.add_argument("--fsdp", action="store_true", help="the trunk sharded by FSDP2 instead of replicated by DDP")
     consolidate = command("consolidate", "Write a run's model as one file, or such a file as a run directory.")
     consolidate.add_argument("source", type=Path, help="run directory, or a .safetensors file that this command wrote")
     consolidate.add_argument("-o", "--output", type=Path, required=True, help=".safetensors file, or a new run directory")
     bench = command("bench", "Measure, and write the figures as JSON.")
-    bench.add_argument("name", choices=list(BENCHES))
-    bench.add_argument("--json", type=Path, help="file for the figures")
+    bench.add_argument("name", choices=list(BENCHES), help="what is measured")
+    bench.add_argument("--json", type=Path, metavar="FILE", help="file for the figures")
     bench.add_argument("--case", action="append", help="only this case (repeatable; not of step and stream)")
 
     arguments, rest = parser.parse_known_args(argv)
-    with_config = arguments.command in ("train", "tasks", "partition", "plan")
-    if rest and not with_config:
+    with_config = arguments.command in ("train", "tasks", "baseline", "partition", "plan")
+    if rest and not with_config and arguments.command not in ("init", "tune"):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     sys.path.insert(0, os.getcwd())  # users' own classes are found beside them
@@ -105,6 +162,13 @@ def _run(argv: list[str], asked: Callable[[], int | None]) -> None:
         _bench(arguments)
         return
     _quiet()
+    if arguments.command == "init":
+        from mtrain.report.init import init as write_config
+
+        given: dict[str, Any] = {}
+        override(given, [*_given(arguments), *rest])
+        write_config(arguments.data, arguments.output, given, arguments.force, console)
+        return
     from mtrain import runs
 
     if with_config:
@@ -124,21 +188,59 @@ def _run(argv: list[str], asked: Callable[[], int | None]) -> None:
             rewrite(config, beside, arguments.output, console, arguments.rows)
             return
         path = Path(config.run_dir or Path("runs") / arguments.config.stem)
+        if arguments.command == "baseline":
+            from mtrain.baseline.command import baseline as fit_baselines
+
+            fit_baselines(config, beside, path, arguments.output, console)
+            return
         runs.train(config, beside, path, console, arguments.resume, asked)
     elif arguments.command == "eval":
         runs.evaluate(arguments.run, console)
+    elif arguments.command == "report":
+        from mtrain.report.html import write_report
+
+        write_report(arguments.run, arguments.output, arguments.resamples, console)
     elif arguments.command == "consolidate":
         from mtrain.train.consolidate import consolidate as convert
 
         convert(arguments.source, arguments.output, console)
+    elif arguments.command == "tune":
+        from mtrain.tune import tune as search
+
+        search(arguments.config, rest, arguments.trials, console, arguments.space)
+    elif arguments.command == "calibrate":
+        from mtrain.ship.calibrate import calibrate as fit
+
+        fit(arguments.run, console, arguments.strength)
+    elif arguments.command == "export":
+        from mtrain.ship.export import export as write
+
+        write(
+            arguments.run,
+            arguments.output,
+            console,
+            arguments.tasks,
+            onnx=not arguments.no_onnx,
+            calibrated=not arguments.no_calibration,
+        )
     else:
-        runs.predict(arguments.run, arguments.data, arguments.output, console)
+        from mtrain.ship.predict import predict as write_predictions
+
+        calibrated = not arguments.no_calibration
+        write_predictions(arguments.run, arguments.data, arguments.output, console, calibrated, arguments.all_tasks)
 
 
 def _bench(arguments: argparse.Namespace) -> None:
     module = importlib.import_module(f"mtrain.bench.{arguments.name}")
-    options = [arguments.case] if arguments.name in ("heads", "scale", "checkpoint", "balance") else []
+    options = [arguments.case] if arguments.name in ("heads", "scale", "checkpoint", "balance", "study", "fusion") else []
     module.run(arguments.json, *options)
+
+
+def _given(arguments: argparse.Namespace) -> list[str]:
+    """The short options of init as keys of a config."""
+    keys = {"layout": "data.layout", "key": "data.key", "task": "data.task", "label": "data.label", "labels": "tasks.labels"}
+    given = {key: getattr(arguments, name) for name, key in keys.items() if getattr(arguments, name) is not None}
+    return [word for key, value in given.items() for word in (f"--{key}", json.dumps(value))]
 
 
 def _part() -> None:

@@ -18,7 +18,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-import datasets
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -67,6 +66,7 @@ class Feature(ABC):
     (`encode_options`; None: all of them), `version()` and the values.
     """
 
+    packed: ClassVar[str] = ""  # what the values are where they are not quantities, for a trunk that unpacks them
     cached: ClassVar[bool] = False
     encode_options: ClassVar[tuple[str, ...] | None] = None
     expected: ClassVar[str] = "a usable value"  # ends the line that refuses an invalid row
@@ -339,12 +339,14 @@ class Categorical(Feature):
         return out
 
 
-def encode_column(table: pa.Table, columns: list[str], feature: Feature, num_proc: int = 1) -> Encoded:
+def encode_column(
+    table: pa.Table, columns: list[str], feature: Feature, num_proc: int = 1, cache: bool = True
+) -> Encoded:
     """Run `feature.encode` over all rows of `table`.
 
-    A `cached` feature runs through `Dataset.map`, once for each distinct value, in `num_proc` processes, and is kept in
-    datasets' cache directory under a key that depends only on the feature's code, its options and the values: a second
-    run reads it from there. Raises UserError for a column that is not there and, with `on_invalid="error"`, for the
+    With `cache`, a `cached` feature runs through `Dataset.map`, once for each distinct value, in `num_proc` processes, and
+    is kept in datasets' cache directory under a key that depends only on the feature's code, its options and the values: a
+    second run reads it from there. Raises UserError for a column that is not there and, with `on_invalid="error"`, for the
     first row that cannot be used; with `on_invalid="skip"` such rows come back with `valid` False.
     """
     known = set(table.column_names)
@@ -354,7 +356,7 @@ def encode_column(table: pa.Table, columns: list[str], feature: Feature, num_pro
     if not len(table):
         raise UserError(f"{_names(columns)}: the data have no rows, expected at least one")
     table = table.select(columns)
-    encoded = _encode_cached(table, feature, num_proc) if feature.cached else feature.encode(table)
+    encoded = _encode_cached(table, feature, num_proc) if feature.cached and cache else feature.encode(table)
     if feature.on_invalid == "error" and not encoded.valid.all():
         row = int(encoded.valid.argmin())
         found = ", ".join(repr(str(table[name][row].as_py() or ""))[:80] for name in columns)
@@ -403,6 +405,8 @@ def encode_categories(column: Any) -> tuple[np.ndarray, pa.Array]:
 
 
 def _encode_cached(table: pa.Table, feature: Feature, num_proc: int) -> Encoded:
+    import datasets
+
     place = None
     if table.num_columns == 1 and (is_text(table.field(0).type) or pa.types.is_integer(table.field(0).type)):
         column = pc.dictionary_encode(table.column(0), null_encoding="encode").combine_chunks()

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from mtrain.config import Config, DataConfig
 from mtrain.data.labels import select
 from mtrain.data.sources import (
+    existing,
     format_of,
     hub_files,
     is_glob,
@@ -110,9 +111,9 @@ def open_tasks(config: Config, beside: Path | None = None) -> TaskFiles:
             be read, are empty, or lack its label or an input that others have.
     """
     data = config.data
-    folders = search_folders(data, beside)
+    folders = search_folders(data.root, beside)
     if data.table is not None:
-        path = _existing(data.table, folders, "data.table")
+        path = existing(data.table, folders, "data.table")
         sources = read_task_table(path, data)
         folders.insert(0, path.parent)
     else:
@@ -167,7 +168,7 @@ def discover(config: DataConfig, folders: Sequence[Path]) -> list[TaskSource]:
         raise UserError("data.label is missing: name the label column, or give each task's in a task table (data.table)")
     if config.name or config.source_split:
         raise UserError("data.name and data.source_split are for hub data sets, but data.path names files; leave them out")
-    base, files = _existing(path, folders, "data.path"), []
+    base, files = existing(path, folders, "data.path"), []
     if base.is_dir():
         files = _data_files(base)
     elif is_glob(path):
@@ -184,20 +185,6 @@ def discover(config: DataConfig, folders: Sequence[Path]) -> list[TaskSource]:
             )
         sources[name] = TaskSource(name, {"": [file]}, config.label)
     return list(sources.values())
-
-
-def _existing(path: str, folders: Sequence[Path], key: str) -> Path:
-    """Where a file, a folder or matches of a glob are."""
-    candidates = [folder / os.path.expanduser(path) for folder in folders]
-    full = next((full for full in candidates if os.path.exists(full)), None)
-    if full is None and is_glob(path):
-        full = next((full for full in candidates if glob(str(full), recursive=True)), None)
-    if full is None:
-        raise UserError(
-            f"{key} {path}: no such file or folder (looked in {', '.join(map(str, folders))}); "
-            "set data.root or MTRAIN_DATA to the folder of the data"
-        )
-    return full
 
 
 def _data_files(folder: Path) -> list[str]:

@@ -73,6 +73,10 @@ def partition(
 
     if config.data.layout == "files":
         raise UserError("data.layout: found files, expected routed, pairs or grid; each task has its files already")
+    if config.tasks.derived:
+        raise UserError("tasks.derived: a file for each task holds only labels that are read; derive tasks in layout grid")
+    if config.tasks.others == "refuse":
+        raise UserError("tasks.others: found refuse, expected leave_out: rows of other tasks get no file")
     if row_group < 1:
         raise UserError(f"--rows: found {row_group}, expected at least 1")
     _check_output(config, beside, output)
@@ -398,7 +402,7 @@ def _check_output(config: Config, beside: Path | None, output: Path) -> None:
         raise UserError(f"{output}: is a file, expected a folder")
     paths = config.data.path.values() if isinstance(config.data.path, dict) else [config.data.path]
     for path in (one for each in paths for one in ([each] if isinstance(each, str) else each)):
-        for folder in search_folders(config.data, beside):
+        for folder in search_folders(config.data.root, beside):
             place = folder / Path(path).expanduser()
             if place.is_dir() and output.resolve().is_relative_to(place.resolve()):
                 raise UserError(f"{output}: lies in data.path {place}, of which it would become a part; choose another folder")

@@ -116,6 +116,11 @@ class Prepared:
     overlap: float | None
     notes: list[str]
 
+    @property
+    def widths(self) -> list[tuple[list[str], int]]:
+        """Of each feature the columns that it reads, and its width."""
+        return [(item.columns, item.feature.width) for item in self.features]
+
 
 def read_source(config: Config, beside: Path | None = None) -> Source:
     """Open the table and compute what no split changes.
@@ -136,6 +141,7 @@ def read_source(config: Config, beside: Path | None = None) -> Source:
     reserved: set[str | None] = {of_data.key, of_data.task, of_data.label, of_data.weight, config.split.column, SOURCE}
 
     label_columns: list[str] = []
+    derived_from = {task.label for task in config.tasks.derived.values()}
     row_U = np.arange(len(table))
     if of_data.layout == "grid":
         label_columns = label_columns_of(config, columns, reserved.union(*(group[0] for group in input_columns)))
@@ -153,7 +159,7 @@ def read_source(config: Config, beside: Path | None = None) -> Source:
         labels = replace(labels, row_P=np.arange(len(row_U)))
     notes = [*(files.notes if files else []), *labels.notes]
     if not config.inputs:
-        free = [c for c in columns if c not in reserved.union(label_columns)]
+        free = [c for c in columns if c not in reserved.union(label_columns, derived_from)]
         if unnamed := [c for c in free if c.startswith(UNNAMED)]:
             free = [c for c in free if c not in unnamed]
             notes.append(f"{len(unnamed)} columns have no name in the file and are not inputs: {', '.join(unnamed[:5])}")
@@ -229,7 +235,8 @@ def label_columns_of(config: Config, columns: list[str], used: set[str | None]) 
         )
     candidates = columns if chosen.include != ["*"] else [c for c in columns if c not in used]
     found = select(candidates, chosen, "tasks.labels", known=columns)
-    if both := [name for name in found if name in used - {config.split.column}]:
+    derived = [task.label for task in config.tasks.derived.values()]
+    if both := [name for name in [*found, *derived] if name in used - {config.split.column}]:
         raise UserError(f"tasks.labels: column '{both[0]}' is also an input, key or weight; it can be only one of them")
     return found
 

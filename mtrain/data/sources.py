@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import ast
 import glob
 import json
 import os
 from collections.abc import Hashable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import datasets
 import fsspec
@@ -167,10 +169,15 @@ def _is_function(config: DataConfig) -> bool:
 
 
 def _call(path: str) -> datasets.Dataset:
-    """`python:package.module.function`: a function of no arguments that returns a table."""
-    function = find(path.removeprefix(PYTHON), {}, "data.path")
+    """`python:package.module.function`, or with arguments, `function(rows=100)`: a function that returns a table."""
+    name, parenthesis, given = path.removeprefix(PYTHON).partition("(")
+    function = find(name, {}, "data.path")
     try:
-        table = function()
+        arguments = _arguments(given.removesuffix(")")) if parenthesis else {}
+    except (SyntaxError, ValueError):
+        raise UserError(f"data.path {path}: expected arguments by name with plain values, such as {name}(rows=100)") from None
+    try:
+        table = function(**arguments)
     except UserError:
         raise
     except Exception as error:  # the user's own function may raise anything
@@ -184,19 +191,52 @@ def _call(path: str) -> datasets.Dataset:
     raise UserError(f"data.path {path}: returned {type(table).__name__}, expected a table of datasets, pyarrow or pandas")
 
 
-def search_folders(config: DataConfig, beside: Path | None) -> list[Path]:
-    """Where relative paths are looked for, in this order."""
-    root = config.root or os.environ.get("MTRAIN_DATA")
-    return list(dict.fromkeys(Path(p) for p in (root, ".", beside) if p is not None))
+def _arguments(text: str) -> dict[str, Any]:
+    """`rows=100, kind='a'` as a dict.
+
+    Raises:
+        SyntaxError, ValueError: it is something else.
+    """
+    call = ast.parse(f"f({text})", mode="eval").body
+    if not isinstance(call, ast.Call) or call.args or any(keyword.arg is None for keyword in call.keywords):
+        raise ValueError(text)
+    return {str(keyword.arg): ast.literal_eval(keyword.value) for keyword in call.keywords}
+
+
+def search_folders(root: str | None, beside: Path | None = None) -> list[Path]:
+    """Where relative paths are looked for, in order: `root` (data.root) or $MTRAIN_DATA, the working directory, `beside`."""
+    return list(dict.fromkeys(Path(p) for p in (root or os.environ.get("MTRAIN_DATA"), ".", beside) if p is not None))
+
+
+def existing(path: str, folders: Sequence[Path], key: str) -> Path:
+    """Where a file, a folder or matches of a glob are, of `folders` the first."""
+    candidates = [folder / os.path.expanduser(path) for folder in folders]
+    full = next((full for full in candidates if os.path.exists(full)), None)
+    if full is None and is_glob(path):
+        full = next((full for full in candidates if glob.glob(str(full), recursive=True)), None)
+    if full is None:
+        raise UserError(
+            f"{key} {path}: no such file or folder (looked in {', '.join(map(str, folders))}); "
+            "set data.root or MTRAIN_DATA to the folder of the data"
+        )
+    return full
 
 
 def _files(paths: str | list[str], config: DataConfig, beside: Path | None) -> list[str]:
-    return [file for path in ([paths] if isinstance(paths, str) else paths) for file in _find(path, config, beside)]
+    files = []
+    for path in [paths] if isinstance(paths, str) else paths:
+        found = _find(path, config, beside)
+        if not found and not isinstance(config.path, str):
+            raise UserError(
+                f"data.path: '{path}' is no file; a hub id stands alone (data.path: {path}) and brings its own splits"
+            )
+        files += found
+    return files
 
 
 def _find(path: str, config: DataConfig, beside: Path | None) -> list[str]:
     """Files behind one path; none if it can only be a hub id."""
-    roots = search_folders(config, beside)
+    roots = search_folders(config.root, beside)
     for root in roots:
         full = root / os.path.expanduser(path)
         if os.path.isfile(full):  # pathlib's raises for a name that is too long

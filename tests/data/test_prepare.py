@@ -54,6 +54,20 @@ def grid_frame(rows=200, missing=0.6, seed=0):
 GRID = {"data": {"layout": "grid"}, "inputs": {"x*": "Numeric"}}
 
 
+def test_a_column_that_tasks_are_derived_from_is_no_input(tmp_path):
+    tree = {"data": {"layout": "grid"}, "tasks": {"labels": ["y0"], "derived": {"more": {"label": "y1"}}}}
+    frame = grid_frame()[["x1", "y0", "y1"]]
+    _, data = prepared(tmp_path, frame, tree)
+    assert data.tasks.names == ["y0", "more"]
+    assert [item.columns for item in data.features] == [["x1"]]
+    found = entries(data.parts["train"], data.tasks)
+    values = frame["y1"][data.split_rows["train"]].dropna().to_dict()
+    assert_same_entries({at: y for at, y in found.items() if at[1] == "more"}, {(row, "more"): y for row, y in values.items()})
+    tree = GRID | {"tasks": {"labels": ["y0"], "derived": {"more": {"label": "x1"}}}}
+    with pytest.raises(UserError, match=r"tasks.labels: column 'x1' is also an input"):
+        prepared(tmp_path, frame, tree)
+
+
 def test_the_parts_of_a_grid_hold_exactly_its_labels(tmp_path):
     frame = grid_frame()
     _, data = prepared(tmp_path, frame, GRID)

@@ -95,11 +95,18 @@ def test_a_function_may_give_the_table(tmp_path, monkeypatch):
         "def ready(): return datasets.Dataset.from_dict({'n': [1]})\n"
         "def number(): return 3\n"
         "def fails(): return 1 / 0\n"
+        "def sized(rows, start=0): return pyarrow.table({'n': list(range(start, rows))})\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
     for name in ("arrow", "frame", "ready"):
         data = opened(f"python:tables_of_a_user.{name}")
         assert (data.column_names, data["n"][:]) == (["n"], [1])
+    assert opened("python:tables_of_a_user.sized(rows=3, start=1)")["n"][:] == [1, 2]
+    for wrong in ("sized(3)", "sized(rows=open)", "sized(rows=)", "sized(rows=3) + 1"):
+        with pytest.raises(UserError, match="expected arguments by name with plain values"):
+            opened(f"python:tables_of_a_user.{wrong}")
+    with pytest.raises(UserError, match="missing 1 required positional argument: 'rows'"):
+        opened("python:tables_of_a_user.sized")
     with pytest.raises(UserError, match="returned int, expected a table"):
         opened("python:tables_of_a_user.number")
     with pytest.raises(UserError, match="fails with ZeroDivisionError"):
@@ -361,3 +368,9 @@ def test_files_of_a_hub_data_set_are_found_by_its_readme(tmp_path, form, monkeyp
     (tmp_path / "README.md").write_text("---\nconfigs: 3\n---\n")
     with pytest.raises(UserError, match=r"the hub says: "):
         stream(str(tmp_path), name="main")
+
+
+@pytest.mark.parametrize("path", [{"train": "user/name"}, ["user/name"]])
+def test_a_hub_id_among_files_is_refused(path):
+    with pytest.raises(UserError, match="'user/name' is no file; a hub id stands alone"):
+        opened(path)

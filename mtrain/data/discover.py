@@ -1,0 +1,645 @@
+"""What a table on disk is: its layout, key, inputs and labels, found by rules that can be said in a line each.
+
+The rules look at names, types, missing values and positions, in this order: what a person said; splits, weights and keys by
+name; a task and a label column of a long table by name; labels by name; labels as the numbers beside molecules or lists;
+labels as the block of columns with missing values; as what follows numbered inputs; as the last columns of 0 and 1; as the
+last column.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from mtrain.config import Config, DataConfig, check_config
+from mtrain.data.columns import Column, Form, look
+from mtrain.data.features import is_number
+from mtrain.data.labels import select
+from mtrain.data.prepare import UNNAMED
+from mtrain.data.sources import format_of, is_glob, local_files, open_data, open_many, quiet, require, search_folders
+from mtrain.data.splits import SOURCE
+from mtrain.data.tables import ReadError, Table
+from mtrain.errors import UserError, matches, nearest, some
+
+MIN_ROWS = 10
+_CELLS = 50_000_000  # of a table that is looked at as a whole
+_SAMPLED_CHUNKS, _SAMPLED_FILES = 8, 20
+_VARIES = 5  # rows: a column in which fewer differ from the rest may be constant in training
+_MISSING = 0.05  # share: labels miss more, inputs less
+_NAMED = 8  # columns: more are written as a pattern
+_PER_ENTITY = 1.5  # labels on average: fewer are not pairs
+MOST_STEPS = 50_000
+_SCALARS = ("number", "category", "text", "smiles")
+_PART_OF = {
+    "train": "train", "training": "train", "valid": "valid", "validation": "valid", "val": "valid", "dev": "valid",
+    "test": "test", "testing": "test", "holdout": "test",
+}  # fmt: skip
+_SPLITS = {"split", "fold", "folds", "set", "subset", "partition", "cv_fold", "data_split"}
+_WEIGHTS = {"sample_weight", "sample_weights", "instance_weight", "row_weight"}
+_LABELS = {
+    "y", "label", "labels", "target", "targets", "class", "outcome", "value", "score", "rating", "response", "activity",
+    "measurement", "result", "affinity", "quality", "price", "diagnosis", "standard_value",
+}  # fmt: skip
+_LABEL_FAMILIES = {"y", "label", "target", "task", "tag", "assay", "endpoint", "output"}
+_INPUT_FAMILIES = {
+    "x", "f", "v", "feat", "feature", "features", "input", "in", "var", "attr", "attribute", "pixel", "emb", "embedding",
+    "dim", "fp", "bit", "ecfp", "desc", "descriptor", "pc", "pca", "word",
+}  # fmt: skip
+_TASKS = {
+    "task", "assay", "target", "endpoint", "dataset", "data_set", "property", "school", "store", "shop", "site", "hospital",
+    "clinic", "protein", "kinase", "cell_line", "experiment", "variable",
+}  # fmt: skip
+_GROUPS = {"task", "assay", "school", "store", "shop", "site", "hospital", "clinic"}  # a last column of numbers is their label
+_SHARD = re.compile(r"(part|shard|chunk|batch|data|table|train|test|valid)[-_.]?\d+([-_.]of[-_.]\d+)?")
+
+
+@dataclass(frozen=True)
+class Finding:
+    """Columns that have one role, and why."""
+
+    columns: list[str]
+    role: str
+    what: str
+    why: str
+
+
+@dataclass(frozen=True)
+class Guess:
+    """A whole config as plain values, and what led to it.
+
+    tree: sections of a config; what the person gave stands in it as given.
+    why: the reason of a key of the config, `data.layout` for example.
+    """
+
+    tree: dict[str, Any]
+    findings: list[Finding]
+    why: dict[str, str]
+    rows: int
+    tasks: int
+
+
+@dataclass
+class _Seen:
+    """The table (a sample of it, if it is large) and its columns that have no role yet."""
+
+    columns: dict[str, Column]
+    values: pa.Table
+    rows: int
+    files: list[str] = field(default_factory=list)
+    findings: list[Finding] = field(default_factory=list)
+    roles: dict[str, str] = field(default_factory=dict)
+    why: dict[str, str] = field(default_factory=dict)
+    constant: set[str] = field(default_factory=set)
+    wanted: set[str] | None = None
+
+    def free(self, *forms: Form) -> list[Column]:
+        return [c for name, c in self.columns.items() if name not in self.roles and (not forms or c.form in forms)]
+
+    def put(self, columns: Iterable[Column], role: str, what: str, why: str) -> None:
+        names = [column.name for column in columns]
+        if names:
+            self.roles |= dict.fromkeys(names, role)
+            self.findings.append(Finding(names, role, what, why))
+
+    def of(self, role: str) -> list[str]:
+        return [name for name in self.columns if self.roles.get(name) == role]
+
+    def num_tasks(self, data: dict[str, Any]) -> int:
+        if data["layout"] == "grid":
+            return len(self.of("label"))
+        return len(self.files) if self.files else self.columns[data["task"]].distinct
+
+    def num_inputs(self, data: dict[str, Any]) -> int:
+        """Rows that are encoded: in pairs one for each key."""
+        return self.columns[data["key"]].distinct if data["layout"] == "pairs" else self.rows
+
+
+def discover(given: dict[str, Any], beside: Path | None = None) -> Guess:
+    """A config for the data that `given["data"]["path"]` names.
+
+    Args:
+        given: parts of a config that are settled; the rest is found. `tasks.labels`, `inputs`, and of `data` layout, key, task
+            and label also steer what is found.
+        beside: folder of the config, see `open_table`.
+
+    Raises:
+        UserError: the data cannot be read, have too few rows, or no input or no label can be found.
+    """
+    said = given.get("data") or {}
+    settled, wanted = _settled(given), _patterns_of(given.get("inputs"))
+    _check_type(settled.data, beside)
+    layout, path = said.get("layout"), settled.data.path
+    files = [] if layout is not None else local_files(settled.data, beside).get("train", [])
+    if len(files) > 1 and isinstance(path, str):
+        layout, path = _several_files(files, settled.data, said.get("label"))
+    of_data = settled.data.model_copy(update={"path": path})
+    seen = _look_into_files(of_data, beside) if layout == "files" else _look(of_data, beside)
+    if seen.rows < MIN_ROWS:
+        raise UserError(
+            f"data.path {_short(path)}: has {seen.rows} row{'s' * (seen.rows != 1)}, expected at least {MIN_ROWS}, to train, "
+            "validate and test"
+        )
+    for name in ("task", "label", "key"):
+        if said.get(name) is not None:
+            require([c for c in seen.columns if c != SOURCE], said[name], f"data.{name}")
+
+    data: dict[str, Any] = {"path": path}
+    _put_said(seen, settled, said, layout)
+    seen.wanted = _wanted(seen, wanted)
+    _put_aside(seen)
+    split = _split(seen)
+    if weight := next((c for c in seen.free("number") if c.plain in _WEIGHTS and c.low >= 0 and not c.missing), None):
+        seen.put([weight], "weight", "", "its name")
+        data["weight"] = weight.name
+    if layout == "files":
+        data |= {"layout": "files", "label": _file_label(seen, said.get("label"))}
+    else:
+        data |= _long(seen, said, layout) or {"layout": "grid"}
+    is_grid = data["layout"] == "grid"
+    if key := _keys(seen, data.get("key") or said.get("key")):
+        data["key"] = key
+    if is_grid:
+        seen.why["data.layout"] = "a column for each task"
+        _labels(seen, settled)
+    specs = _inputs(seen)
+    names = _label_names(seen) if is_grid and settled.tasks.labels.include == ["*"] else None
+    tasks = {"labels": names} if names else {}
+    split = split or _default_split(data["layout"])
+    if settled.split.by != split["by"] and "by" in (given.get("split") or {}):
+        split = {}  # parts and column belong to another way
+    tree = {"data": data, "inputs": specs, "tasks": tasks, "split": split}
+    tree |= sizes(seen.num_inputs(data), data["layout"], seen.num_tasks(data))
+    found = merged(tree, {k: v for k, v in given.items() if k != "inputs" or settled.inputs})
+    found["data"]["path"] = path
+    if is_grid:
+        found["data"].pop("label", None)  # it is among tasks.labels
+    return Guess(found, seen.findings, seen.why, seen.rows, seen.num_tasks(data))
+
+
+def sizes(rows: int, layout: str, tasks: int) -> dict[str, Any]:
+    """Model, length and selection for so many input rows.
+
+    A step has about a sixty-fourth of the training rows, a training about 3,000 steps of 10 to 100 epochs, and there are at
+    most 40 evaluations.
+    """
+    train_rows = 0.8 * rows
+    batch = 2 ** round(np.log2(np.clip(train_rows / 64, 16, 512)))
+    per_epoch = max(1.0, train_rows / batch)
+    width = next((width for most, width in ((1_000, 64), (5_000, 128), (20_000, 256)) if rows < most), 512)
+    epochs = int(np.clip(round(3000 / per_epoch), 10, 100))
+    train: dict[str, Any] = {"epochs": epochs, "eval_every": float(max(1, round(epochs / 40)))}
+    if epochs * per_epoch > MOST_STEPS:
+        train = {"steps": MOST_STEPS, "eval_every": round(MOST_STEPS / per_epoch / 40, 4)}
+    model: dict[str, Any] = {"trunk": {"class_path": "MLP", "init_args": {"widths": [width], "dropout": 0.3}}}
+    if rows >= 50_000:
+        model["trunk"]["init_args"]["widths"] = [width, width]
+    head: dict[str, Any] = {"bias": "constant"}
+    if layout in ("routed", "files") and rows < 200 * tasks:
+        head["toward_shared"] = 30.0
+    return {
+        "model": {**model, "head": head},
+        "train": {**train, "global_batch": batch, "lr": 1e-3, "decay": "cosine", "warmup": 0.05},
+        "select": {"metric": "skill", "reduce": "median", "patience": 10},
+    }
+
+
+def merged(tree: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
+    """The tree with the values that are given: sections key by key; a class with its options is one value."""
+    out = dict(tree)
+    for key, value in given.items():
+        old = out.get(key)
+        if isinstance(old, dict) and isinstance(value, dict) and "class_path" not in old and key not in ("parts", "inputs"):
+            value = merged(old, value)
+        out[key] = value
+    if {"epochs", "steps"} <= out.keys():  # the other one was given
+        del out["epochs" if "steps" in given else "steps"]
+    return out
+
+
+def _short(path: Any) -> str:
+    return path if isinstance(path, str) else "of several files"
+
+
+def _settled(given: dict[str, Any]) -> Config:
+    """What a person said, checked."""
+    data = {k: v for k, v in (given.get("data") or {}).items() if k not in ("layout", "task", "label", "key", "weight")}
+    keep = {k: v for k, v in given.items() if k not in ("data", "sampler")}
+    if _patterns_of(given.get("inputs")) is not None:
+        del keep["inputs"]
+    return check_config({**keep, "data": {**data, "layout": "grid"}}, "init")
+
+
+def _check_type(data: DataConfig, beside: Path | None) -> None:
+    """A single file must be one that can be read."""
+    path = str(data.path)
+    if data.format is not None or format_of(path) is not None:
+        return
+    for folder in search_folders(data.root, beside):
+        if os.path.isfile(folder / os.path.expanduser(path)):
+            raise UserError(
+                f"data.path {path}: a file of type '{Path(path).suffix}', expected csv, tsv, json, parquet or arrow; convert "
+                "it, or write a function that returns its table and give python:module.function"
+            )
+
+
+# Reading.
+
+
+def _look(data: DataConfig, beside: Path | None) -> _Seen:
+    with quiet():
+        table, streaming = open_data(data, beside)
+        columns = list(table.column_names)
+        large = streaming or len(table) * len(columns) > _CELLS
+        values = _sample(table, columns) if large else table.read(columns)
+    return _Seen({name: look(name, values[name]) for name in columns}, values, len(table))
+
+
+def _sample(table: Table, columns: Sequence[str]) -> pa.Table:
+    chunks = np.unique(np.linspace(0, len(table.key_C) - 1, _SAMPLED_CHUNKS).astype(int)).tolist()
+    return pa.concat_tables([table.read_chunk(chunk, columns) for chunk in chunks], promote_options="permissive")
+
+
+def _look_into_files(data: DataConfig, beside: Path | None) -> _Seen:
+    """The columns that all files have; values of some of them."""
+    files = [file for paths in local_files(data, beside).values() for file in paths]
+    tables = _opened(files, data)
+    common = [name for name in tables[0].column_names if all(name in table.column_names for table in tables)]
+    if not common:
+        raise UserError(
+            f"data.path {data.path}: its {len(files)} files have no column in common, expected the same inputs and label in "
+            "each; name each file's columns in a task table (data.table)"
+        )
+    chosen = np.unique(np.linspace(0, len(tables) - 1, _SAMPLED_FILES).astype(int)).tolist()
+    try:
+        values = pa.concat_tables([tables[i].read_chunk(0, common) for i in chosen], promote_options="permissive")
+    except pa.ArrowException as error:
+        raise UserError(f"data.path {data.path}: its files have columns of different types: {error}") from None
+    rows = sum(len(table) for table in tables)
+    return _Seen({name: look(name, values[name]) for name in common}, values, rows, files)
+
+
+def _opened(files: list[str], data: DataConfig) -> list[Table]:
+    with quiet():
+        tables = open_many([[file] for file in files], data.format or str(format_of(files[0])), data.chunk_rows, data.retries)
+    if failed := next((table for table in tables if isinstance(table, ReadError)), None):
+        raise UserError(f"data.path {failed}")
+    return [table for table in tables if not isinstance(table, ReadError)]
+
+
+def _several_files(files: list[str], data: DataConfig, label: str | None) -> tuple[str | None, Any]:
+    """Several files are the parts of a split, the pieces of one table, or a task each: `files` if so, and the path."""
+    stems = [Path(file).name.split(".")[0].lower() for file in files]
+    parts = [_PART_OF.get(stem, "") for stem in stems]
+    if "train" in parts and "" not in parts and len(set(parts)) == len(parts):
+        return None, {part: str(Path(file).resolve()) for part, file in zip(parts, files, strict=True)}
+    if all(_SHARD.fullmatch(stem) for stem in stems):
+        return None, data.path
+    tables = _opened(files, data)
+    names = [name for name in tables[0].column_names if all(name in table.column_names for table in tables)]
+    columns = [Column(name, "number") for name in names]
+    labels = [c for c in columns if c.plain in _LABELS]
+    odd = next((i for i, table in enumerate(tables) if table.column_names != tables[0].column_names), None)
+    if odd is None and any(c.base in _TASKS and labels != [c] for c in columns) and labels:
+        return None, data.path  # one long table in pieces
+    if label is None and not labels and odd is not None:
+        raise UserError(
+            f"data.path {data.path}: {files[0]} and {files[odd]} have different columns and no common one with a label's name "
+            "(y, label, target, ...); name it with --label, or each file's in a task table (data.table)"
+        )
+    return "files", data.path
+
+
+# Roles.
+
+
+def _put_said(seen: _Seen, settled: Config, said: dict[str, Any], layout: str | None) -> None:
+    """Inputs and labels that a person named; in a long table `tasks.labels` are tasks."""
+    names = [c for c in seen.columns if c != SOURCE]
+    for pattern, specs in settled.inputs.items():
+        columns = [seen.columns[n] for n in names if matches(n, pattern) and n not in seen.roles]
+        if not columns and not any(matches(n, pattern) for n in names):
+            raise UserError(f"inputs: no column '{pattern}' in the data{nearest(pattern, names)}")
+        seen.put(columns, "input", " + ".join(spec.class_path for spec in specs), "as you said")
+    chosen = settled.tasks.labels
+    if chosen.include != ["*"] and layout in (None, "grid") and said.get("task") is None:
+        labels = select(names, chosen, "tasks.labels")
+        seen.put([seen.columns[n] for n in labels if n not in seen.roles], "label", "", "as you said")
+    for role in ("task", "label", "key"):
+        name = said.get(role)
+        if name is not None and name not in seen.roles and (role != "key" or seen.columns[name].form != "smiles"):
+            seen.put([seen.columns[name]], role, "", "as you said")
+
+
+def _patterns_of(inputs: Any) -> list[str] | None:
+    """Inputs that are named without their features."""
+    return list(inputs) if isinstance(inputs, list | tuple) and all(isinstance(p, str) for p in inputs) else None
+
+
+def _wanted(seen: _Seen, patterns: list[str] | None) -> set[str] | None:
+    if patterns is None:
+        return None
+    names = [c for c in seen.columns if c != SOURCE]
+    if unknown := next((p for p in patterns if not any(matches(name, p) for name in names)), None):
+        raise UserError(f"inputs: no column '{unknown}' in the data{nearest(unknown, names)}")
+    return {name for name in names if any(matches(name, p) for p in patterns)}
+
+
+def _put_aside(seen: _Seen) -> None:
+    """Columns that are nothing: unnamed, empty, constant, of an unknown type."""
+    unnamed = [c for c in seen.free() if c.name.startswith(UNNAMED) or not c.name.strip()]
+    seen.put(unnamed, "left out", "", "no name in the file")
+    seen.put(seen.free("empty"), "left out", "", "no values")
+    seen.put(seen.free("date"), "left out", "", "dates; they can be split.column of split.by: time")
+    seen.put(seen.free("other"), "left out", "", "a type for which there is no feature")
+    still = [c for c in seen.free("number", "category") if c.usual == len(seen.values)]
+    seen.put(still, "left out", "", "the same value in all rows")
+    seen.constant = {c.name for c in still if c.form == "number"}
+
+
+def _split(seen: _Seen) -> dict[str, Any] | None:
+    """A column whose values name the parts."""
+    if SOURCE in seen.columns:
+        seen.put([seen.columns[SOURCE]], "split", "", "the data's own splits")
+        parts = _parts(pc.unique(seen.values[SOURCE]).to_pylist())
+        return None if parts is None else {"by": "sources", "parts": parts}
+    for column in seen.free("number", "category"):
+        whole = column.form == "category" or column.whole
+        if column.plain not in _SPLITS or column.missing or column.distinct > 20 or not whole:
+            continue
+        values = seen.values[column.name]
+        if pa.types.is_floating(values.type):
+            values = values.cast(pa.int64())
+        parts = _parts(sorted(pc.unique(values.cast(pa.string())).to_pylist()))
+        if parts is not None:
+            seen.put([column], "split", "", "its name, and its values are parts or folds")
+            return {"by": "column", "column": column.name, "parts": parts}
+    return None
+
+
+def _parts(values: list[str]) -> dict[str, Any] | None:
+    """Parts by values such as train and test, or numbers of folds; None if they are something else."""
+    parts: dict[str, list[str]] = {"train": [], "valid": [], "test": []}
+    folds = []
+    for value in values:
+        part = _PART_OF.get(value.strip().lower())
+        if part is not None:
+            parts[part].append(value)
+        elif value.isdigit():
+            folds.append(value)
+        else:
+            return None
+    folds.sort(key=int)
+    if folds and (parts["train"] or len(folds) + len(parts["test"]) < 3):
+        return None
+    if folds:
+        for part in ("test", "valid"):
+            parts[part] = parts[part] or [folds.pop()]
+        parts["train"] = folds
+    if not parts["train"]:
+        return None
+    return {part: found or 0.1 for part, found in parts.items()}
+
+
+def _default_split(layout: str) -> dict[str, Any]:
+    by = "within_task" if layout in ("routed", "files") else "random"
+    return {"by": by, "parts": {"train": 0.8, "valid": 0.1, "test": 0.1}}
+
+
+def _file_label(seen: _Seen, said: str | None) -> str:
+    seen.why["data.layout"] = f"a task for each of {len(seen.files)} files"
+    if said is not None:
+        return said
+    usable = seen.free("number", "category")
+    named = [c for c in usable if c.plain in _LABELS]
+    found = (named or usable)[-1:]
+    if not found:
+        raise UserError("no column that all files have can be a label; name it with --label")
+    seen.put(found, "label", "", "its name, in all files" if named else "the last column of all files")
+    return found[0].name
+
+
+def _long(seen: _Seen, said: dict[str, Any], layout: str | None) -> dict[str, Any] | None:
+    """What `data` says of a long table, with a column for the task's name and one for the label; None if it is not one."""
+    if layout == "grid" or (layout is None and not said.get("task") and seen.of("label")):
+        return None
+    wanted = layout is not None or said.get("task") is not None
+    task = _task(seen, said, wanted)
+    label = _long_label(seen, said, task, wanted or task.base in _GROUPS) if task else None
+    if task is None or label is None:
+        if wanted:
+            what = "label" if task else "task"
+            raise UserError(f"layout {layout or 'routed'}: no column can be the {what}'s; name it with --{what}")
+        return None
+    tasks = len(pc.unique(seen.values[task.name]))
+    seen.put([task] if task.name not in seen.roles else [], "task", "", f"its name, and {tasks} values that repeat")
+    named = "its name" if label.plain in _LABELS else "the last column of numbers"
+    seen.put([label] if label.name not in seen.roles else [], "label", "", named)
+    data = {"task": task.name, "label": label.name}
+    if layout != "routed" and (found := _entity(seen, task.name, said.get("key"))):
+        key, per_entity = found
+        seen.why["data.layout"] = f"each {key} has the same inputs in all its rows, and {per_entity:.3g} labels on average"
+        return {**data, "layout": "pairs", "key": key}
+    if layout == "pairs":
+        if said.get("key") is None:
+            raise UserError("layout pairs: no column stands for rows with the same inputs; name it with --key")
+        return {**data, "layout": "pairs", "key": said["key"]}
+    seen.why["data.layout"] = f"each row belongs to one {task.name}"
+    return {**data, "layout": "routed"}
+
+
+def _task(seen: _Seen, said: dict[str, Any], wanted: bool) -> Column | None:
+    """A column with a task's name and values that repeat, beside a column with a label's name, or for names of groups beside
+    numbers in the last column."""
+    if said.get("task") is not None:
+        return seen.columns[said["task"]]
+    usable = seen.free("number", "category")
+    labels = [c for c in usable if c.plain in _LABELS]
+    for column in seen.free("number", "category", "text"):
+        names = (column.form != "number" or column.whole) and not column.missing and column.base in _TASKS
+        repeats = 1 < column.distinct <= len(seen.values) / 2
+        has_label = wanted or seen.of("label") or any(c is not column for c in labels)
+        numbers_last = column.base in _GROUPS and usable[-1] is not column and usable[-1].form == "number"
+        if names and repeats and (has_label or numbers_last):
+            return column
+    return None
+
+
+def _long_label(seen: _Seen, said: dict[str, Any], task: Column, wanted: bool) -> Column | None:
+    if said.get("label") is not None:
+        return seen.columns[said["label"]]
+    usable = [c for c in seen.free("number", "category") if c is not task and not c.is_id]
+    named = [c for c in usable if c.plain in _LABELS]
+    numbers = [c for c in usable if c.form == "number"]
+    return next(iter(named), None) or (numbers[-1] if wanted and numbers else None)
+
+
+def _entity(seen: _Seen, task: str, said: str | None) -> tuple[str, float] | None:
+    """A column each of whose values has the same inputs in all rows, and its tasks per value; None if there is none."""
+    inputs = [c for n, c in seen.columns.items() if seen.roles.get(n) in (None, "input") and c.form in _SCALARS]
+    candidates = [c for c in inputs if c.is_id or c.form in ("category", "text", "smiles")]
+    if said is not None:
+        candidates = [seen.columns[said]]
+
+    def count(names: list[str]) -> int:
+        return seen.values.select(names).group_by(names).aggregate([]).num_rows
+
+    for column in sorted(candidates, key=lambda c: (c.form == "smiles", -c.distinct)):
+        others = [c.name for c in inputs if c is not column and not c.is_id]
+        entities = count([column.name])
+        has_inputs = bool(others) or column.form == "smiles" or seen.roles.get(column.name) == "input"
+        alike = has_inputs and not column.missing and count([column.name, *others]) == entities
+        if alike and (pairs := count([column.name, task])) >= _PER_ENTITY * entities:
+            return column.name, pairs / entities
+    return None
+
+
+def _keys(seen: _Seen, said: str | None) -> str | None:
+    """The column that says which rows are one thing: molecules, or an id; other ids are put aside."""
+    ids = [c for c in seen.free() if c.is_id and c.name not in (seen.wanted or ())]
+    molecules = seen.free("smiles")
+    whole = [c for c in ids if not c.missing]
+    repeated = [c for c in whole if c.distinct < len(seen.values)]
+    key = said or next((c.name for c in [*molecules, *repeated, *whole] if not c.missing), None)
+    chosen = [c for c in seen.free() if c.name == key and c.form != "smiles"]
+    seen.put(
+        chosen, "key", "", "its name; rows with one value stay in one part" if key != said else "its inputs repeat with it"
+    )
+    seen.put([c for c in ids if c.name != key], "left out", "", "an id, by its name")
+    return key
+
+
+def _labels(seen: _Seen, settled: Config) -> None:
+    """grid: which columns are labels."""
+    if seen.of("label"):
+        return
+    excluded = settled.tasks.labels.exclude
+    usable = [c for c in seen.free("number", "category") if not any(matches(c.name, p) for p in excluded)]
+    named = bool(settled.inputs) or seen.wanted is not None
+    usable = [c for c in usable if c.name not in (seen.wanted or ())]
+    numbers = [c for c in usable if c.form == "number"]
+    by_name = [c for c in usable if c.plain in _LABELS or c.family in _LABEL_FAMILIES]
+    structured = "molecules" if seen.free("smiles") else "lists" if seen.free("list") else ""
+    rules = [
+        (usable if named else [], "not one of the inputs that you named"),
+        (by_name, "its name"),
+        (numbers if structured else [], f"numbers beside {structured}"),
+        (_with_gaps(numbers), f"a block of columns with more than {_MISSING:.0%} missing; no other has so many"),
+        (_beside_inputs(usable), "beside columns with names of inputs"),
+        (_last_binary(usable), "the last columns, only 0 and 1; no other is so"),
+        (usable[-1:], "the last column"),
+    ]
+    left = len(seen.free())
+    for columns, why in rules:
+        if columns and (len(columns) < left or named):
+            seen.put(columns, "label", "", why)
+            return
+    raise UserError(
+        f"no column can be a label beside inputs: {_told(seen)}; name the labels with --labels, and the others become inputs"
+    )
+
+
+def _with_gaps(numbers: list[Column]) -> list[Column]:
+    """The columns with missing values, where they are one block at the end or the beginning."""
+    gaps = [i for i, c in enumerate(numbers) if c.missing >= _MISSING]
+    block = len(gaps) > 1 and gaps[-1] - gaps[0] + 1 == len(gaps) < len(numbers)
+    return [numbers[i] for i in gaps] if block and (gaps[0] == 0 or gaps[-1] == len(numbers) - 1) else []
+
+
+def _beside_inputs(columns: list[Column]) -> list[Column]:
+    """What stands behind, else before, all columns with names such as x1 or feature_7."""
+    inputs = [i for i, c in enumerate(columns) if c.family in _INPUT_FAMILIES]
+    return columns[inputs[-1] + 1 :] or columns[: inputs[0]] if len(inputs) > 1 else []
+
+
+def _last_binary(columns: list[Column]) -> list[Column]:
+    """Two or more last columns that hold 0 and 1 only, where no other does."""
+    first = next((i for i in range(len(columns), 0, -1) if not columns[i - 1].binary), 0)
+    alone = not any(c.binary for c in columns[:first])
+    return columns[first:] if alone and 0 < first < len(columns) - 1 else []
+
+
+def _inputs(seen: _Seen) -> dict[str, Any]:
+    """Features by column name or pattern; none if a person named the inputs, and the rest is left out."""
+    if seen.of("input") or seen.wanted is not None:
+        others = [c for c in seen.free() if c.name not in (seen.wanted or ())]
+        seen.put(others, "left out", "", "not one of the inputs that you named")
+    if seen.of("input"):
+        return {}
+    rows = len(seen.values)
+    still = [c for c in seen.free("number", "category") if rows - c.usual < _VARIES and not c.missing]
+    seen.put(still, "left out", "", f"fewer than {_VARIES} rows differ")
+    specs: dict[str, Any] = {}
+    molecules = seen.free("smiles")
+    if molecules and importlib.util.find_spec("rdkit") is None:
+        raise UserError(
+            f"column '{molecules[0].name}' holds molecules (SMILES), whose features need RDKit: pip install \"mtrain[chem]\""
+        )
+    for column in molecules:
+        specs[column.name] = [
+            {"class_path": name, "init_args": {"bits": 2048, "counts": True, "log1p": True, "on_invalid": "skip"}}
+            for name in ("ECFP", "AtomPair")
+        ]
+    seen.put(molecules, "input", "ECFP + AtomPair", "texts that RDKit reads as molecules")
+    for column in seen.free("list"):
+        bits = _is_bits(seen.values[column.name])
+        option: dict[str, Any] = {"normalize": "rms"} if bits else {"standardize": True}
+        specs[column.name] = {"class_path": "Array", "init_args": option}
+        seen.put([column], "input", "Array", "lists of 0 and 1" if bits else "lists")
+    numbers, categories = seen.free("number"), seen.free("category")
+    unlike = [name for name in seen.columns if name not in seen.constant]  # a feature drops those by itself
+    specs |= dict.fromkeys(_patterns([c.name for c in numbers], unlike), "Numeric")
+    specs |= dict.fromkeys((c.name for c in categories), "Categorical")
+    seen.put(numbers, "input", "Numeric", "numbers")
+    seen.put(categories, "input", "Categorical", "text with few different values")
+    seen.put(seen.free("text"), "left out", "", "free text, which the feature Tokens and the trunk TextEncoder read")
+    if not specs:
+        raise UserError(f"no column can be an input: {_told(seen)}; name the inputs and their features in a config")
+    return specs
+
+
+def _told(seen: _Seen) -> str:
+    free = [f"'{c.name}' is {c.form}" for c in seen.free()]
+    return some([*free, *(f"'{f.columns[0]}' is {f.role} ({f.why})" for f in seen.findings)])
+
+
+def _is_bits(values: pa.ChunkedArray) -> bool:
+    leaf: Any = values.slice(0, 100).combine_chunks()
+    while hasattr(leaf, "flatten") and pa.types.is_nested(leaf.type):
+        leaf = leaf.flatten()
+    return is_number(leaf.type) and bool(np.isin(pc.cast(leaf, pa.float64(), safe=False).to_numpy(), (0, 1)).all())
+
+
+def _patterns(names: list[str], every: list[str]) -> list[str]:
+    """Names, or for those of a family a pattern that matches no other column."""
+    families: dict[str, list[str]] = defaultdict(list)
+    for name in names:
+        families[Column(name, "number").family].append(name)
+    found: list[str] = []
+    for family in families.values():
+        prefix = os.path.commonprefix(family)  # noqa: RUF071 - of letters
+        pattern = f"{prefix}*"
+        own = prefix and not is_glob(prefix) and [n for n in every if matches(n, pattern)] == family
+        found += [pattern] if own and len(family) > _NAMED else family
+    return found
+
+
+def _label_names(seen: _Seen) -> Any:
+    """grid: `tasks.labels`: all names, or where they are many, what they are not; inputs and keys need no mention."""
+    labels = seen.of("label")
+    if len(labels) <= _NAMED:
+        return labels
+    patterns = _patterns(labels, list(seen.columns))
+    if len(patterns) <= _NAMED:
+        return patterns
+    others = seen.of("left out")
+    return {"exclude": others} if others else {}

@@ -1,0 +1,65 @@
+"""What the values of a column show."""
+
+import pyarrow as pa
+import pytest
+
+from mtrain.data.columns import Column, look
+
+SMILES = [
+    "CCO",
+    "c1ccccc1",
+    "CC(=O)O",
+    "CCN(CC)CC",
+    "C1CCCCC1",
+    "O=C=O",
+    "CC(C)O",
+    "c1ccncc1",
+    "CCCCCl",
+    "N#CC",
+    "CC=O",
+    "OCCO",
+]
+
+
+def test_a_column_is_looked_at_by_its_values():
+    def form(values, name="c"):
+        return look(name, pa.chunked_array([pa.array(values)])).form
+
+    assert form([1, 2, None]) == "number"
+    assert form(["1", " 2.5", ""]) == "number"
+    assert form(["a", "b", "a"]) == "category"
+    assert form([f"text {i}" for i in range(100)]) == "text"
+    assert form(["2020-01-02", "2021-3-4"]) == "date"
+    assert form([[1.0, 2.0], [3.0, 4.0]]) == "list"
+    assert form([None, None]) == "empty"
+    assert form(["", " "]) == "empty"
+    assert form([{"a": 1}]) == "other"
+    column = look("c", pa.chunked_array([pa.array([0.0, 1.0, 1.0, None, float("nan")])]))
+    assert (column.missing, column.distinct, column.usual, column.binary) == (pytest.approx(0.4), 2, 2, True)
+
+
+def test_molecules_are_found_by_reading_them_whatever_their_column_is_called():
+    pytest.importorskip("rdkit")
+    assert look("structure", pa.chunked_array([SMILES])).form == "smiles"
+    assert look("structure", pa.chunked_array([["No", "Yes", "CON", "Nice", "Bonn", "Oslo"]])).form == "category"
+    assert look("element", pa.chunked_array([["C", "N", "O", "F", "Cl", "Br"]])).form == "category"
+    assert look("smiles", pa.chunked_array([["C", "N", "O"]])).form == "smiles"
+
+
+@pytest.mark.parametrize(
+    ("name", "plain", "base", "family", "is_id"),
+    [
+        ("Store ID", "store_id", "store", "store", True),
+        ("userID", "userid", "user", "userid", True),
+        ("taskid", "taskid", "task", "taskid", False),
+        ("pixel_0_1", "pixel_0_1", "pixel_0_1", "pixel", False),
+        ("x12", "x12", "x12", "x", False),
+        (" NR-AR ", "nr_ar", "nr_ar", "nr", False),
+        ("acid", "acid", "ac", "acid", False),
+        ("index", "index", "index", "index", True),
+    ],
+)
+def test_names_are_read_in_plain_letters(name, plain, base, family, is_id):
+    column = Column(name, "number", whole=True)
+    assert (column.plain, column.base, column.family, column.is_id) == (plain, base, family, is_id)
+    assert not Column(name, "number", whole=False).is_id

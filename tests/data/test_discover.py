@@ -1,0 +1,299 @@
+"""What a table is taken for, and why."""
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from mtrain.config import check_config
+from mtrain.data.discover import discover, merged, sizes
+from mtrain.errors import UserError
+
+rng = np.random.default_rng(0)
+SMILES = [
+    "CCO",
+    "c1ccccc1",
+    "CC(=O)O",
+    "CCN(CC)CC",
+    "C1CCCCC1",
+    "O=C=O",
+    "CC(C)O",
+    "c1ccncc1",
+    "CCCCCl",
+    "N#CC",
+    "CC=O",
+    "OCCO",
+]
+
+
+def numbers(names, rows=60):
+    return pd.DataFrame(rng.normal(size=(rows, len(names))), columns=list(names))
+
+
+def found(tmp_path, frame, given=None, name="t.csv"):
+    """The guess for a table in a file; its tree is checked."""
+    path = tmp_path / name
+    frame.to_parquet(path) if name.endswith("parquet") else frame.to_csv(path, index=False)
+    given = given or {}
+    guess = discover({**given, "data": {**given.get("data", {}), "path": str(path)}})
+    check_config(guess.tree, "test")
+    return guess
+
+
+def role(guess, name):
+    return {column: finding.role for finding in guess.findings for column in finding.columns}.get(name)
+
+
+def of(guess, wanted):
+    return [column for finding in guess.findings if finding.role == wanted for column in finding.columns]
+
+
+def reason(guess, name):
+    return next(finding.why for finding in guess.findings if name in finding.columns)
+
+
+def test_numbers_beside_molecules_are_labels_and_the_molecules_the_key(tmp_path):
+    pytest.importorskip("rdkit")
+    frame = pd.DataFrame({"mol_id": [f"m{i}" for i in range(24)], "smiles": SMILES * 2})
+    frame = pd.concat([frame, pd.DataFrame(rng.integers(0, 2, (24, 12)), columns=[f"NR {i}" for i in range(12)])], axis=1)
+    guess = found(tmp_path, frame)
+    assert guess.tree["data"] | {"path": ""} == {"path": "", "layout": "grid", "key": "smiles"}
+    assert guess.tree["tasks"] == {"labels": ["NR *"]}
+    assert [spec["class_path"] for spec in guess.tree["inputs"]["smiles"]] == ["ECFP", "AtomPair"]
+    assert role(guess, "mol_id") == "left out"
+    assert (guess.rows, guess.tasks) == (24, 12)
+
+
+def test_labels_by_name_come_before_all_other_rules(tmp_path):
+    guess = found(tmp_path, numbers(["y_1", "age", "y_2", "bmi"]))
+    assert guess.tree["tasks"] == {"labels": ["y_1", "y_2"]}
+    assert guess.tree["inputs"] == {"age": "Numeric", "bmi": "Numeric"}
+    assert reason(guess, "y_1") == "its name"
+
+
+def test_a_block_of_columns_with_missing_values_is_labels(tmp_path):
+    frame = numbers(["age", "dose", "kinase", "gpcr", "herg"], 200)
+    frame.loc[:, "kinase":] = frame.loc[:, "kinase":].mask(rng.random((200, 3)) < 0.3)
+    guess = found(tmp_path, frame)
+    assert of(guess, "label") == ["kinase", "gpcr", "herg"]
+    assert "missing" in reason(guess, "gpcr")
+    scattered = frame[["kinase", "age", "gpcr", "dose", "herg"]]
+    assert of(found(tmp_path, scattered), "label") == ["herg"]
+
+
+def test_what_stands_behind_numbered_inputs_is_labels(tmp_path):
+    guess = found(tmp_path, numbers([*(f"x{i}" for i in range(12)), "yield", "purity"]))
+    assert of(guess, "label") == ["yield", "purity"]
+    assert guess.tree["inputs"] == {"x*": "Numeric"}
+
+
+def test_last_columns_of_0_and_1_are_labels_where_no_other_is(tmp_path):
+    flags = pd.DataFrame(rng.integers(0, 2, (60, 3)), columns=["red", "green", "blue"])
+    assert of(found(tmp_path, numbers("abc").join(flags)), "label") == ["red", "green", "blue"]
+    other = numbers("abc").join(flags).assign(a=rng.integers(0, 2, 60))
+    assert of(found(tmp_path, other), "label") == ["blue"]
+
+
+def test_else_the_last_column_is_the_label_and_every_rule_can_be_overruled(tmp_path):
+    frame = numbers(["alpha", "beta", "gamma", "delta"])
+    guess = found(tmp_path, frame)
+    assert of(guess, "label") == ["delta"]
+    assert reason(guess, "delta") == "the last column"
+    guess = found(tmp_path, frame, {"tasks": {"labels": ["*a"]}, "inputs": {"beta": "Numeric"}})
+    assert of(guess, "label") == ["alpha", "gamma", "delta"]
+    assert of(found(tmp_path, frame, {"data": {"label": "beta"}}), "label") == ["beta"]
+    assert of(found(tmp_path, frame, {"inputs": ["gamma", "d*"]}), "label") == ["alpha", "beta"]
+    assert of(found(tmp_path, frame, {"inputs": {"alpha": "Numeric"}}), "label") == ["beta", "gamma", "delta"]
+
+
+def test_a_column_with_a_tasks_name_beside_a_label_makes_a_long_table(tmp_path):
+    frame = numbers(["x1", "x2"], 80).assign(assay_id=np.repeat(range(8), 10), value=rng.normal(size=80))
+    guess = found(tmp_path, frame)
+    assert guess.tree["data"] | {"path": ""} == {"path": "", "layout": "routed", "task": "assay_id", "label": "value"}
+    assert guess.tree["split"]["by"] == "within_task"
+    assert guess.tree["model"]["head"]["toward_shared"] > 0  # ten rows a task
+    assert guess.tasks == 8
+    assert found(tmp_path, frame, {"data": {"layout": "grid"}}).tree["data"]["layout"] == "grid"
+
+
+def test_stores_are_tasks_whose_label_is_the_last_number(tmp_path):
+    frame = numbers(["temperature"], 80).assign(store=np.repeat(list("abcdefgh"), 10), revenue=rng.normal(size=80))
+    guess = found(tmp_path, frame)
+    assert guess.tree["data"] | {"path": ""} == {"path": "", "layout": "routed", "task": "store", "label": "revenue"}
+
+
+def test_a_long_table_whose_inputs_repeat_with_an_id_is_pairs(tmp_path):
+    inputs = numbers(["x1", "x2"], 12).assign(customer_id=range(100, 112))
+    frame = inputs.merge(pd.DataFrame({"task": list("abcde")}), how="cross")
+    frame = frame.assign(y=rng.normal(size=60)).drop(index=[3, 17])
+    guess = found(tmp_path, frame)
+    assert guess.tree["data"]["layout"] == "pairs"
+    assert guess.tree["data"]["key"] == "customer_id"
+    assert of(guess, "key") == ["customer_id"]
+    assert of(guess, "input") == ["x1", "x2"]
+    frame.loc[0, "x1"] += 1
+    assert found(tmp_path, frame).tree["data"]["layout"] == "routed"
+    with pytest.raises(UserError, match="--key"):
+        found(tmp_path, frame, {"data": {"layout": "pairs"}})
+
+
+@pytest.mark.parametrize(
+    ("values", "parts"),
+    [
+        (["train", "test"], {"train": ["train"], "valid": 0.1, "test": ["test"]}),
+        (["training", "dev", "holdout"], {"train": ["training"], "valid": ["dev"], "test": ["holdout"]}),
+        (["0", "1", "2", "test"], {"train": ["0", "1"], "valid": ["2"], "test": ["test"]}),
+        ([0, 1, 2, 3, 4], {"train": ["0", "1", "2"], "valid": ["3"], "test": ["4"]}),
+        (["east", "west"], None),
+        ([0, 1], None),
+    ],
+)
+def test_a_column_of_parts_or_folds_is_the_split(tmp_path, values, parts):
+    frame = numbers("ab").assign(split=np.resize(np.array(values, dtype=object), 60), y=rng.normal(size=60))
+    guess = found(tmp_path, frame)
+    if parts is None:
+        assert guess.tree["split"]["by"] == "random"
+    else:
+        assert guess.tree["split"] == {"by": "column", "column": "split", "parts": parts}
+
+
+def test_another_split_takes_the_place_of_the_found_one(tmp_path):
+    frame = numbers("ab").assign(fold=np.arange(60) % 5, y=rng.normal(size=60))
+    assert found(tmp_path, frame, {"split": {"by": "random"}}).tree["split"] == {"by": "random"}
+    assert found(tmp_path, frame, {"split": {"seeds": [1]}}).tree["split"]["column"] == "fold"
+
+
+def test_ids_dates_constants_weights_and_free_text_are_no_inputs(tmp_path):
+    frame = numbers(["a", "b"]).assign(
+        **{"Unnamed: 0": range(60)},
+        userID=range(60),
+        patient_id=np.repeat(range(20), 3),
+        day=[f"2020-01-{1 + i % 28:02}" for i in range(60)],
+        same=1,
+        nearly=[1] * 57 + [2, 3, 4],
+        sample_weight=1.5 + rng.random(60),
+        note=[f"note {i} on {i * 7}" for i in range(60)],
+        humid=rng.normal(size=60),
+        city=rng.choice(["Rome", "Oslo"], 60),
+        y=rng.normal(size=60),
+    )
+    guess = found(tmp_path, frame)
+    assert guess.tree["inputs"] == {"a": "Numeric", "b": "Numeric", "humid": "Numeric", "city": "Categorical"}
+    assert guess.tree["data"]["key"] == "patient_id"
+    assert guess.tree["data"]["weight"] == "sample_weight"
+    assert set(of(guess, "left out")) == {"Unnamed: 0", "userID", "day", "same", "nearly", "note"}
+    assert {column for finding in guess.findings for column in finding.columns} == set(frame.columns)
+
+
+def test_lists_are_arrays_scaled_by_what_they_hold(tmp_path):
+    bits = pd.DataFrame({"x": list(rng.integers(0, 2, (30, 5))), "e": list(rng.normal(size=(30, 4))), "n": rng.normal(size=30)})
+    guess = found(tmp_path, bits, name="t.parquet")
+    assert guess.tree["inputs"]["x"] == {"class_path": "Array", "init_args": {"normalize": "rms"}}
+    assert guess.tree["inputs"]["e"] == {"class_path": "Array", "init_args": {"standardize": True}}
+    assert of(guess, "label") == ["n"]
+
+
+def test_files_are_tasks_splits_or_pieces_of_a_table(tmp_path):
+    def folder(name, **frames):
+        (tmp_path / name).mkdir()
+        for stem, frame in frames.items():
+            frame.to_csv(tmp_path / name / f"{stem}.csv", index=False)
+        return discover({"data": {"path": str(tmp_path / name)}}).tree["data"]
+
+    shop = numbers("abc").assign(y=1.0 * rng.integers(0, 2, 60))
+    assert folder("tasks", oslo=shop, rome=shop.assign(own=1))["layout"] == "files"
+    assert folder("same", oslo=numbers("abc"), rome=numbers("abc")) | {"path": ""} == {
+        "path": "",
+        "layout": "files",
+        "label": "c",
+    }
+    parts = folder("split", train=shop, test=shop)
+    assert parts["layout"] == "grid"
+    assert sorted(parts["path"]) == ["test", "train"]
+    assert folder("pieces", **{"part-0": shop, "part-1": shop})["layout"] == "grid"
+    long = shop.assign(task=np.repeat(list("pqrstu"), 10))
+    assert folder("long", north=long, south=long)["layout"] == "routed"
+    with pytest.raises(UserError, match="different columns and no common one with a label's name"):
+        folder("odd", oslo=numbers("abc"), rome=numbers("abd"))
+
+
+@pytest.mark.parametrize(
+    ("frame", "line"),
+    [
+        (pd.DataFrame({"a": [1.0], "y": [2.0]}), "has 1 row, expected at least 10"),
+        (pd.DataFrame({"a": [1] * 20, "b": [2] * 20}), "no column can be a label"),
+        (pd.DataFrame({"t": [f"only text {i}" for i in range(50)]}), "'t' is text"),
+        (pd.DataFrame({"day": [f"2020-01-{i:02}" for i in range(1, 29)], "y": range(28)}), "no column can be a"),
+    ],
+)
+def test_what_cannot_be_used_ends_in_one_line(tmp_path, frame, line):
+    with pytest.raises(UserError, match=line):
+        found(tmp_path, frame)
+
+
+@pytest.mark.parametrize(
+    ("given", "line"),
+    [
+        ({"data": {"key": "nope"}}, "data.key: no column 'nope'"),
+        ({"data": {"layout": "routed"}}, "layout routed: no column can be the task's; name it with --task"),
+        ({"tasks": {"labels": ["z*"]}}, "tasks.labels: 'z\\*' matches no column"),
+        ({"inputs": ["q"]}, "inputs: no column 'q'"),
+        ({"inputs": {"q": "Numeric"}}, "inputs: no column 'q'"),
+        ({"modle": {}}, "modle: unknown option; did you mean 'model'"),
+        ({"train": {"epochs": -1}}, "train.epochs"),
+    ],
+)
+def test_a_wrong_correction_is_named(tmp_path, given, line):
+    with pytest.raises(UserError, match=line):
+        found(tmp_path, numbers("abc"), given)
+
+
+def test_other_files_are_refused_by_type(tmp_path):
+    np.savez(tmp_path / "graph.npz", x=np.zeros(3))
+    with pytest.raises(UserError, match=r"a file of type '.npz', expected csv"):
+        discover({"data": {"path": str(tmp_path / "graph.npz")}})
+
+
+def test_what_is_given_replaces_what_was_found():
+    tree = {
+        "train": {"epochs": 9, "lr": 1},
+        "model": {"trunk": {"class_path": "MLP", "init_args": {"widths": [3]}}},
+        "inputs": {"a": 1},
+    }
+    given = {"train": {"steps": 5}, "model": {"trunk": {"class_path": "Identity"}}, "inputs": {"b": 2}}
+    assert merged(tree, given) == {"train": {"steps": 5, "lr": 1}, "model": given["model"], "inputs": {"b": 2}}
+
+
+@pytest.mark.parametrize("rows", [10, 150, 1_500, 15_000, 150_000, 1_500_000, 150_000_000])
+def test_sizes_grow_with_the_data(rows):
+    train, trunk = sizes(rows, "grid", 10)["train"], sizes(rows, "grid", 10)["model"]["trunk"]["init_args"]
+    per_epoch = max(1, 0.8 * rows / train["global_batch"])
+    steps = train.get("steps") or train["epochs"] * per_epoch
+    assert 16 <= train["global_batch"] <= 512
+    assert 100 <= steps <= 50_000
+    assert 5 <= steps / (train["eval_every"] * per_epoch) <= 60
+    assert trunk["widths"][0] <= max(64, rows)
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "tox21/tox21.csv",
+        "toxcast/toxcast.csv.gz",
+        "school/school_long.csv.gz",
+        "kiba/kiba_long.parquet",
+        "bibtex/bibtex.parquet",
+    ],
+)
+def test_public_tables_are_found_as_their_configs_describe_them(real_data, path):
+    from pathlib import Path
+
+    from mtrain.config import load_config
+
+    pytest.importorskip("rdkit")
+    tree = discover({"data": {"path": path}}).tree
+    config = load_config(Path(__file__).parents[2] / "configs" / f"{path.split('/')[0]}.yaml")
+    for name in ("path", "layout", "key", "task", "label"):
+        assert tree["data"].get(name) == getattr(config.data, name)
+    assert set(tree["inputs"]) == set(config.inputs)
+    assert tree["split"]["by"] == config.split.by
+    assert tree["split"].get("column") == config.split.column
