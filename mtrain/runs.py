@@ -1,4 +1,4 @@
-"""What the commands do with whole runs: train one, score one again, predict with one."""
+"""What the commands do with whole runs: train one, score one again, load its model."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import glob
 import hashlib
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -15,24 +15,19 @@ from typing import Any, TypeVar
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
-import pyarrow.csv as pacsv
-import pyarrow.parquet as pq
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
-from numpy.typing import NDArray
 from rich.console import Console
 
 from mtrain.components import Spec, build
 from mtrain.config import Config, DataConfig, differences, to_yaml
 from mtrain.data import FEATURES
-from mtrain.data.features import Feature, encode_column
+from mtrain.data.inputs import FeatureColumn
 from mtrain.data.prepare import Prepared, prepare, read_source
-from mtrain.data.sources import open_table, to_arrow
 from mtrain.errors import UserError, some
-from mtrain.model.kinds import Quantile
-from mtrain.model.trunks import build_shared
+from mtrain.model.head_options import head_forms, with_parents
+from mtrain.model.trunks import shared_network
 from mtrain.parallel.shard import Shard
 from mtrain.parallel.world import World
 from mtrain.parallel.wrap import make_accelerator
@@ -101,7 +96,9 @@ def _train(
         tracker = build(config.tracker if world.is_first else Spec(class_path="none"), TRACKERS, "tracker")
         with _out_of_memory(config):
             _check_alike(world, resolved, data)
-            return world.together(lambda: Trainer(data, config, run, accelerator, world, tracker, console, asked))
+            return world.together(
+                lambda: Trainer(data, config.of_split(seed), run, accelerator, world, tracker, console, asked)
+            )
 
     first: Trainer | None = trainer(seeds[0])  # what is wrong is said before anything is written
     assert first is not None
@@ -114,9 +111,8 @@ def _train(
     for i, (seed, one) in enumerate(zip(seeds, run.splits(), strict=True)):
         if len(seeds) > 1:
             console.print(f"split seed {seed} ({i + 1} of {len(seeds)})", highlight=False)
-            of_one = resolved.model_copy(update={"split": config.split.model_copy(update={"seeds": [seed]})})
             if world.is_first:
-                one.start(of_one)
+                one.start(resolved.of_split(seed))
         current, first = first or trainer(seed), None
         current.run_dir = one
         start = world.together(partial(_start, one, current.tasks, resume, console))
@@ -218,10 +214,10 @@ def _lost_contact(world: World) -> Iterator[None]:
 def evaluate(path: Path, console: Console) -> None:
     """Score the validation and test parts of a run again, from its data and its checkpoints; several processes share the
     rows."""
-    world, console = _processes(console)
+    world, console = processes(console)
     run = RunDir(path)
     config = run.config()
-    source = read_source(config)
+    source = read_source(config, path)  # which may hold the table itself
     summaries = []
     for seed, one in zip(config.split.seeds, run.splits(), strict=True):
         data = prepare(source, seed)
@@ -246,87 +242,21 @@ def evaluate(path: Path, console: Console) -> None:
     tables.print_summary(summary, config, path, console)
 
 
-def predict(path: Path, data_path: str, output: Path, console: Console) -> None:
-    """Predict every task for every row of a table, and write a column for each task; see `prediction_columns`.
-
-    A run over several split seeds predicts with the mean of its models. Several processes share the rows.
-    """
-    world, console = _processes(console)
-    if output.suffix not in (".parquet", ".csv"):
-        raise UserError(f"--output {output}: expected a name that ends in .parquet or .csv")
-    run = RunDir(path)
-    config = run.config()
-    models = [load_model(one) for one in run.splits()]
-    where: dict[str, Any] = {"path": data_path, "format": None}
-    if os.path.exists(data_path):  # before one under data.root
-        where |= {"path": str(Path(data_path).resolve()), "name": None, "source_split": None}
-    data = open_table(config.data.model_copy(update=where))
-    columns: dict[str, Any] = {}
-    key = config.data.key
-    if key is not None and key in data.column_names:
-        columns[key] = to_arrow(data, [key])[key]
-    inputs = [name for name in dict.fromkeys(n for names, _ in models[0].features for n in names) if name in data.column_names]
-    table = to_arrow(data, inputs)
-    encoded = [encode_column(table, names, feature, config.data.workers) for names, feature in models[0].features]
-    valid_N = np.logical_and.reduce([one.valid for one in encoded])
-    share: dict[int, NDArray[np.float64]] = {}
-    for model in models:  # split seeds differ in what features learnt from training rows, not in how they are encoded
-        blocks = [feature.transform(one.values) for (_, feature), one in zip(model.features, encoded, strict=True)]
-        x_NF = torch.from_numpy(np.concatenate(blocks, axis=1, dtype=np.float32))
-        for task_A, value_NAO in model.evaluator.predict(x_NF.tensor_split(world.size)[world.rank]):
-            for a, t in enumerate(task_A.tolist()):
-                share[t] = share.get(t, 0) + value_NAO[:, a] / len(models)
-    shares = world.gather_to_first(share)
-    if shares is None:
-        return
-    sums = {t: np.concatenate([one[t] for one in shares]) for t in share}
-    tasks = models[0].tasks
-    for values in sums.values():
-        values[~valid_N] = np.nan
-    task = config.data.task
-    if config.data.layout == "routed" and task is not None and task in data.column_names:
-        columns[task] = to_arrow(data, [task])[task]
-        columns["prediction"] = _own_prediction(columns[task], tasks, sums)
-    for t, one in enumerate(tasks):
-        columns |= prediction_columns(one, sums[t])
-    _write(pa.table(columns), output)
-    if not valid_N.all():
-        console.print(f"{int((~valid_N).sum())} of {len(data)} rows have inputs that cannot be used: no prediction")
-    console.print(f"{len(data)} rows, {len(tasks)} tasks: {output}", highlight=False)
-
-
-def prediction_columns(task: Any, value_NO: NDArray[np.float64]) -> dict[str, Any]:
-    """Columns of one task: its name holds the value, probability, mean count, median, or the name of the likeliest class.
-
-    Classes have their probabilities beside it in `task=class`, quantiles in `task@level`.
-    """
-    missing = np.isnan(value_NO[:, 0])
-    if task.kind.has_classes:
-        value_NO = value_NO[:, : len(task.classes)]
-        likeliest = np.nan_to_num(value_NO).argmax(1)
-        named = pa.DictionaryArray.from_arrays(pa.array(likeliest, mask=missing), pa.array(task.classes)).cast(pa.string())
-        return {task.name: named} | {
-            f"{task.name}={name}": pa.array(value_NO[:, i], mask=missing) for i, name in enumerate(task.classes)
-        }
-    point = task.kind.point(torch.from_numpy(value_NO)).numpy()
-    columns = {task.name: pa.array(point, mask=missing)}
-    if isinstance(task.kind, Quantile):
-        columns |= {
-            f"{task.name}@{level:g}": pa.array(value_NO[:, i], mask=missing) for i, level in enumerate(task.kind.levels)
-        }
-    return columns
-
-
 @dataclass(frozen=True)
 class LoadedModel:
     """A trained model, ready to score and predict."""
 
     tasks: TaskTable
-    features: list[tuple[list[str], Feature]]
+    features: list[FeatureColumn]
     evaluator: Evaluator
 
+    @property
+    def width(self) -> int:
+        """Of a row of inputs."""
+        return sum(item.feature.width for item in self.features)
 
-def _processes(console: Console) -> tuple[World, Console]:
+
+def processes(console: Console) -> tuple[World, Console]:
     """The processes of a command that a launcher may have started several times, on CPUs; only rank 0 prints."""
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
         dist.init_process_group("gloo")
@@ -334,9 +264,11 @@ def _processes(console: Console) -> tuple[World, Console]:
     return world, console if world.is_first else Console(quiet=True)
 
 
-def load_model(run: RunDir, refitted: bool = True, world: World | None = None) -> LoadedModel:
+def load_model(
+    run: RunDir, refitted: bool = True, world: World | None = None, names: Collection[str] | None = None
+) -> LoadedModel:
     """The model that a run (of one split) selected; `refitted`: trained again on train + valid, where the run did that.
-    Every process of `world` has all of it.
+    Every process of `world` has all of it; `names`: with the heads of these tasks, and of those whose logits they read.
 
     Raises:
         UserError: the directory is not a finished run.
@@ -344,10 +276,14 @@ def load_model(run: RunDir, refitted: bool = True, world: World | None = None) -
     config, tasks = run.config(), run.tasks()
     features = []
     for item in run.load_json("features.json"):
-        feature = build(Spec.model_validate(item["feature"]), FEATURES, "inputs")
+        spec = Spec.model_validate(item["feature"])
+        feature = build(spec, FEATURES, "inputs")
         feature.load_state_dict(item["state"])
-        features.append((item["columns"], feature))
-    shared = build_shared(config.model, sum(feature.width for _, feature in features), config.train.seed).eval()
+        features.append(FeatureColumn(item["columns"], spec, feature))
+    shared = shared_network(config, [(item.columns, item.feature.width) for item in features], tasks.names).eval()
+    if names is not None:
+        chosen = [t for t, name in enumerate(tasks.names) if name in names]
+        tasks = tasks.take(np.array(with_parents(chosen, head_forms(tasks.names, config))))
     bank = build_bank(tasks, config, shared).eval()
     saved = run.model() if refitted else run.best()
     saved.copy_into(trunk_tensors(shared))
@@ -379,19 +315,6 @@ def _save_inputs(run: RunDir, data: Prepared) -> None:
     run.save_table("split.parquet", pa.table({"row": row[order], "part": part[order]}))
 
 
-def _own_prediction(task_N: pa.ChunkedArray, tasks: TaskTable, sums: dict[int, NDArray[np.float64]]) -> pa.Array:
-    """Each row's prediction for its own task; null for a task that the model does not know, and for classes."""
-    own_N = pc.fill_null(pc.index_in(task_N.cast(pa.string()), pa.array(tasks.names)), -1).to_numpy()
-    order = np.argsort(own_N, kind="stable")
-    first_T = np.searchsorted(own_N[order], np.arange(len(tasks) + 1))
-    out = np.full(len(own_N), np.nan)
-    for t, task in enumerate(tasks):
-        rows = order[first_T[t] : first_T[t + 1]]
-        if len(rows) and not task.kind.has_classes:
-            out[rows] = task.kind.point(torch.from_numpy(sums[t][rows])).numpy()
-    return pa.array(out, mask=np.isnan(out))
-
-
 def _located(data: DataConfig, beside: Path) -> DataConfig:
     """With the folder in which the data were found as root, so that other commands find them from anywhere.
 
@@ -418,14 +341,3 @@ def _out_of_memory(config: Config) -> Iterator[None]:
                 f"out of memory: lower train.micro_batch (now {size} rows at a time) or the model's widths"
             ) from None
         raise
-
-
-def _write(table: pa.Table, path: Path) -> None:
-    write: Callable[..., None] = pq.write_table if path.suffix == ".parquet" else pacsv.write_csv
-    unfinished = path.with_name(f".{path.name}")
-    try:
-        write(table, unfinished)
-        unfinished.replace(path)
-    except OSError as error:
-        unfinished.unlink(missing_ok=True)
-        raise UserError(f"--output {path}: cannot be written: {error.strerror or error}") from error

@@ -17,7 +17,7 @@ import uuid
 import weakref
 import zlib
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property, partial
@@ -39,7 +39,7 @@ MANIFEST = "manifest.json"
 _VISIBLE = re.compile(r"step-(\d{9,})")
 _HIDDEN = re.compile(r"\.step-(\d{9,})\.[0-9a-f]+")  # being written, replaced or removed
 _LAYER = re.compile(r"\.(\d+)")
-_PARAMETER = re.compile(r"\w+\.\d+")  # of a head, not of its optimizer
+_PARAMETER = re.compile(r"\w+\.\w+")  # of a head, not of its optimizer
 
 _X = TypeVar("_X")
 _Sources = dict[str, tuple[Tensor, Tensor | None]]  # of each name, those rows or all of them
@@ -74,12 +74,14 @@ class Stacks:
         tensors: "weights.0" `[T_g, out, in]`, "biases.0" `[T_g, out]`, of the optimizer "weights.0.exp_avg" like it,
             "weights.0.step" `[T_g]`, ...: a number after the first dot is the layer.
         written: False at heads that another rank writes; None where this rank writes all.
+        hidden: widths of each head's hidden layers, where the stacks are padded to the largest; None where they are alike.
     """
 
     names: Sequence[str]
     sizes: Sequence[int]
     tensors: dict[str, Tensor]
     written: Sequence[bool] | None = None
+    hidden: Sequence[Sequence[int]] | None = None
 
 
 @dataclass
@@ -376,14 +378,15 @@ class Saved:
         return found
 
     def heads(self) -> dict[str, dict[str, Tensor]]:
-        """The parameters of each head by its name: "weights.0" `[out, in]`, "biases.0" `[out]`, ..., without padding."""
+        """The parameters of each head by its name: "weights.0" `[out, in]`, "biases.0" `[out]`, ..., without padding; and
+        those of its input, as "inputs.scale"."""
         found: dict[str, dict[str, Tensor]] = {}
         for file, group in self._groups:
             keys = [key for key in group["shapes"] if _PARAMETER.fullmatch(key)]
             stacks = {key: self._tensor(file, f"heads/{group['group']}/{key}") for key in keys}
-            last = _last_layer(keys)
-            for row, (name, size) in enumerate(zip(group["names"], group["sizes"], strict=True)):
-                found[name] = {key: stack[row, :size] if _layer(key) == last else stack[row] for key, stack in stacks.items()}
+            for row, name in enumerate(group["names"]):
+                widths = [*_hidden(group["shapes"], group.get("hidden"), row), group["sizes"][row]]
+                found[name] = {key: _unpadded(stack[row], _layer(key), widths) for key, stack in stacks.items()}
         return found
 
     def copy_into(self, tensors: dict[str, Tensor]) -> None:
@@ -432,9 +435,15 @@ class Saved:
                 for row, name in enumerate(each.names):
                     if name in self._rows:
                         number, row_there = self._rows[name]
-                        size_there = self._groups[number][1]["sizes"][row_there]
+                        group = self._groups[number][1]
+                        size_there = group["sizes"][row_there]
                         if size_there != each.sizes[row]:
                             raise self._refuse(name, f"has {size_there} outputs there and {each.sizes[row]} here")
+                        if each.hidden is not None or "hidden" in group:
+                            theirs = _hidden(group["shapes"], group.get("hidden"), row_there)
+                            ours = _hidden({key: t.shape for key, t in each.tensors.items()}, each.hidden, row)
+                            if theirs != ours:
+                                raise self._refuse(name, f"has hidden layers {theirs} there and {ours} here")
                         pairs[number][0].append(row_there)
                         pairs[number][1].append(row)
                 for number, (there, here) in pairs.items():
@@ -456,11 +465,14 @@ class Saved:
         what = {_LAYER.sub("", key) for key in stacks.tensors}
         keys = stacks.tensors | {key: None for key in shapes if _LAYER.sub("", key) in what}
         last = _last_layer(keys)
+        ragged = stacks.hidden is not None or "hidden" in self._groups[number][1]
         for key in keys:
             here = list(stacks.tensors[key].shape[1:]) if key in stacks.tensors else "absent"
             there = shapes[key][1:] if key in shapes else "absent"
-            padded = _layer(key) == last and "absent" not in (here, there)
-            if here[1:] != there[1:] if padded else here != there:
+            layer, padded = _layer(key), 0  # dimensions whose widths were compared head by head
+            if layer is not None and "absent" not in (here, there):
+                padded = 2 if ragged and layer else int(ragged or layer == last)
+            if here[padded:] != there[padded:]:
                 raise self._refuse(name, f"'{key}' is {there} there and {here} here")
 
     def _refuse(self, name: str, differs: str) -> UserError:
@@ -474,9 +486,9 @@ class Saved:
             if not torch.equal(there, torch.arange(len(saved))):
                 saved = saved.index_select(0, there)
             if saved.shape[1:] != stack.shape[1:]:
-                width = min(saved.shape[1], stack.shape[1])  # what is beyond it is padding in both
+                both = [slice(min(a, b)) for a, b in zip(saved.shape[1:], stack.shape[1:], strict=True)]
                 narrow, saved = saved, saved.new_zeros(len(saved), *stack.shape[1:])
-                saved[:, :width] = narrow[:, :width]
+                saved[:, *both] = narrow[:, *both]  # what is beyond it is padding in both
             if torch.equal(here, torch.arange(len(stack))):
                 stack.copy_(saved)
             else:
@@ -508,14 +520,17 @@ def _own_regions(tensors: dict[str, Tensor], rank: int, layout: dict[str, Any]) 
 def _own_heads(number: int, stacks: Stacks, layout: list[Any]) -> _Sources:
     """What this rank writes of a head group; `layout` gets a description of it."""
     names, sizes, rows = list(stacks.names), list(stacks.sizes), dict[torch.device, Tensor]()
+    hidden = stacks.hidden
     if stacks.written is not None and not all(stacks.written):
         heads = [row for row, written in enumerate(stacks.written) if written]
         names, sizes = [names[row] for row in heads], [sizes[row] for row in heads]
+        hidden = None if hidden is None else [hidden[row] for row in heads]
         rows = {device: torch.tensor(heads, device=device) for device in {t.device for t in stacks.tensors.values()}}
     if not names:
         return {}
     shapes = {key: [len(names), *tensor.shape[1:]] for key, tensor in stacks.tensors.items()}
-    layout.append({"group": number, "names": names, "sizes": sizes, "shapes": shapes})
+    described: dict[str, Any] = {"group": number, "names": names, "sizes": sizes, "shapes": shapes}
+    layout.append(described if hidden is None else described | {"hidden": [list(of_one) for of_one in hidden]})
     return {f"heads/{number}/{key}": (tensor, rows.get(tensor.device)) for key, tensor in stacks.tensors.items()}
 
 
@@ -545,6 +560,21 @@ def _layer(key: str) -> int | None:
 
 def _last_layer(keys: Any) -> int | None:
     return max((layer for key in keys if (layer := _layer(key)) is not None), default=None)
+
+
+def _hidden(shapes: Mapping[str, Sequence[int]], hidden: Sequence[Sequence[int]] | None, row: int) -> list[int]:
+    """Widths of a head's hidden layers."""
+    if hidden is not None:
+        return list(hidden[row])
+    return [shapes[f"weights.{layer}"][1] for layer in range(_last_layer(shapes) or 0)]
+
+
+def _unpadded(tensor: Tensor, layer: int | None, widths: Sequence[int]) -> Tensor:
+    """A head's weight or bias of a layer."""
+    if layer is None:
+        return tensor
+    tensor = tensor[: widths[layer]]
+    return tensor[:, : widths[layer - 1]] if layer and tensor.dim() == 2 else tensor
 
 
 def _read_manifest(path: Path) -> dict[str, Any]:

@@ -2,7 +2,8 @@
 
 The file is plain safetensors: the shared network as `trunk.NAME`, each head as `heads/TASK/weights.0` `[out, in]`,
 `heads/TASK/biases.0` `[out]`, ... (those of an ensemble's other members as `heads/TASK, member 1/weights.0`), without padding,
-so that each is what an `nn.Linear` holds. Its metadata are the run's own files as text.
+so that each is what an `nn.Linear` holds; a head's gate, scale and shift as `heads/TASK/inputs.gate_weight` and so on. Its
+metadata are the run's own files as text.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from mtrain.train.checkpoint import Checkpoints, Snapshot, Stacks
 from mtrain.train.run_dir import RunDir
 
 VERSION = "1"
-TEXTS = ("config.yaml", "features.json", "summary.json")
+TEXTS = ("config.yaml", "features.json", "summary.json", "calibration.json")
 TABLE = "tasks.parquet"  # in base64
 HEADS = "heads/"
 
@@ -136,10 +137,7 @@ def _stacks(tensors: dict[str, Tensor]) -> list[Stacks]:
     stacks = []
     for names in alike.values():
         of_all = {key: torch.stack([heads[name][key] for name in names]) for key in heads[names[0]]}
-        outputs = max(of_all.items(), key=lambda item: _layer(item[0]))[1].shape[1]
+        last = max(int(key.removeprefix("biases.")) for key in of_all if key.startswith("biases."))
+        outputs = of_all[f"biases.{last}"].shape[1]
         stacks.append(Stacks(names, [outputs] * len(names), of_all))
     return stacks
-
-
-def _layer(key: str) -> int:
-    return int(key.rpartition(".")[2])
