@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import sys
 import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -42,11 +43,7 @@ def build(spec: Spec, known: Mapping[str, Callable[..., Any]], where: str, **giv
     Raises:
         UserError: the name is unknown, an option is unknown, missing or of the wrong type, or the class refuses it.
     """
-    cls = find(spec.class_path, known, where)
-    try:
-        parameters = inspect.signature(cls, eval_str=True).parameters
-    except (TypeError, ValueError, NameError) as error:
-        raise UserError(f"{where}: '{spec.class_path}' is not a class with options ({error})") from None
+    cls, parameters = find(spec.class_path, known, where), signature(spec, known, where)
     takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
     supplied = {k: v for k, v in given.items() if k in parameters}
     fields: dict[str, Any] = {
@@ -74,6 +71,20 @@ def build(spec: Spec, known: Mapping[str, Callable[..., Any]], where: str, **giv
         raise
     except Exception as error:  # the user's own class may raise anything
         raise UserError(f"{where}: '{spec.class_path}' fails with {values}: {type(error).__name__}: {error}") from error
+
+
+def signature(spec: Spec, known: Mapping[str, Callable[..., Any]], where: str) -> Mapping[str, inspect.Parameter]:
+    """The arguments of the class that `spec` names."""
+    cls = find(spec.class_path, known, where)
+    try:
+        try:
+            return inspect.signature(cls, eval_str=True).parameters
+        except NameError:  # a dataclass has fields of its bases, whose types are names of their modules
+            modules = [vars(sys.modules[base.__module__]) for base in reversed(cls.__mro__)]  # type: ignore[attr-defined]
+            names = {name: value for module in modules for name, value in module.items()}
+            return inspect.signature(cls, locals=names, eval_str=True).parameters
+    except (TypeError, ValueError, NameError, AttributeError) as error:
+        raise UserError(f"{where}: '{spec.class_path}' is not a class with options ({error})") from None
 
 
 def find(name: str, known: Mapping[str, Callable[..., Any]], where: str) -> Callable[..., Any]:

@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal, get_args
 
 import yaml
 from pydantic import (
+    AfterValidator,
     AllowInfNan,
     BaseModel,
     ConfigDict,
@@ -42,8 +43,9 @@ class DataConfig(Section):
 
     path: str | list[str] | dict[str, str | list[str]] = ""
     """File, list of files, files by split name (`{train: a.csv, test: b.csv}`), glob, folder, hub id, or
-    `python:package.module.function` that returns a table; relative files are looked for in `root`, in the working
-    directory, then beside the config. files: a folder or glob in which each file is a task."""
+    `python:package.module.function` that returns a table (`function(rows=100)` gives it arguments); relative files are
+    looked for in `root`, in the working directory, then beside the config. files: a folder or glob in which each file is a
+    task."""
     layout: Literal["grid", "routed", "pairs", "files"]
     """grid: a column per task; routed: a task column, each row belongs to one task; pairs: (key, task, label) rows;
     files: a data set for each task."""
@@ -138,11 +140,43 @@ class Selection(Section):
     exclude: list[str] = Field(default_factory=list)
 
 
+def _hidden_width(value: int | str) -> int | str:
+    if not re.fullmatch(r"[1-9]\d*x?" if isinstance(value, str) else r"[1-9]\d*", str(value)):
+        raise ValueError("expected a positive whole number, or a multiple of the task's outputs such as 2x")
+    return int(value) if str(value).isdigit() else value
+
+
+HiddenWidth = Annotated[int | str, AfterValidator(_hidden_width)]
+
+
 class TaskOptions(Section):
     """Options of the tasks whose names match a pattern."""
 
     kind: Spec | None = None
     weight: float | None = Field(None, ge=0)
+    reads: list[str] | None = None
+    """What the head reads: a feature of the trunk by name, and `task:NAME`, the logits of another task for the same row, or
+    these alone; default: the only feature, or the experts of `model.head.gate`."""
+    combine: list[float] | None = None
+    """Fixed weights of the tasks that the head reads: its logits are the weighted sum of theirs."""
+    experts: list[Annotated[int, Field(ge=0)]] | None = None
+    """The experts that its gate may choose from, counted from 0; default: all."""
+    hidden: list[HiddenWidth] | None = None
+    """As `model.head.hidden`, for these tasks."""
+
+    @field_validator("reads", mode="before")
+    @classmethod
+    def _one_name(cls, value: Any) -> Any:
+        return [value] if isinstance(value, str) else value
+
+
+class DerivedTask(Section):
+    """A further task on labels that are there."""
+
+    label: str
+    """The task whose labels it has; grid: or a column, also one that is no task itself."""
+    one_against_rest: bool = False
+    """A binary task for each class of a multiclass label; `{class}` in the name stands for the class."""
 
 
 class TasksConfig(Section):
@@ -154,6 +188,11 @@ class TasksConfig(Section):
     """Kind of all tasks; default: inferred from the labels."""
     by_name: dict[str, TaskOptions] = Field(default_factory=dict)
     """Options by name or pattern; later entries win."""
+    others: Literal["leave_out", "refuse"] = "leave_out"
+    """routed, pairs: what rows of tasks that `labels` does not select do: be left out and counted, or stop the run."""
+    derived: dict[str, DerivedTask] = Field(default_factory=dict)
+    """grid, pairs: further tasks by name, made when labels are read: `{second: {label: y}}` has the labels of y,
+    `{"is_{class}": {label: y, one_against_rest: true}}` makes a binary task for each class of y."""
 
     @field_validator("labels", mode="before")
     @classmethod
@@ -209,11 +248,24 @@ class SplitConfig(Section):
         return value
 
 
+class GateConfig(Section):
+    """A mixture of experts for each task."""
+
+    experts: str
+    """The feature `[B, E, D]` whose E experts are mixed."""
+    by: str
+    """The feature from which each task's gate weighs them."""
+
+
 class HeadConfig(Section):
     """The task's own layers."""
 
-    hidden: list[Annotated[int, Field(ge=1)]] = Field(default_factory=list)
-    """Widths of hidden layers; none: a linear head."""
+    hidden: list[HiddenWidth] = Field(default_factory=list)
+    """Widths of hidden layers, `2x` for twice the task's outputs; none: a linear head."""
+    gate: GateConfig | None = None
+    """`{experts: NAME, by: NAME}`: each head reads a mixture of experts, weighed by a softmax gate of its own."""
+    scale_shift: bool = False
+    """Scale and shift what a head reads by parameters of its own, one for each feature, that start at 1 and 0."""
     activation: Literal["relu", "elu", "gelu", "silu", "tanh"] = "relu"
     dropout: float = Field(0.0, ge=0, lt=1)
     bias: Literal["random", "constant"] = "random"
@@ -227,10 +279,21 @@ class HeadConfig(Section):
 
 class ModelConfig(Section):
     trunk: Spec = Field(default_factory=lambda: Spec(class_path="MLP"))
-    """Shared network: MLP, Linear, Identity or the import path of an nn.Module."""
+    """Shared network: MLP, Linear, Identity, Conv, TextEncoder, GraphNet, NodeGraph, FeatureFusion, ModelFusion, TaskStems,
+    MMoE, CGC, or the import path of an nn.Module."""
     neck: int | None = Field(None, ge=1)
-    """Width of a last shared linear layer behind the trunk."""
+    """Width of a last shared linear layer behind a trunk with one feature."""
+    inputs: dict[str, list[str]] | None = None
+    """Names of a trunk's inputs, each with the column or pattern, or a list of them, whose features it holds; default: the keys
+    of `inputs`. For trunks with several inputs."""
     head: HeadConfig = HeadConfig()
+
+    @field_validator("inputs", mode="before")
+    @classmethod
+    def _one_pattern(cls, value: Any) -> Any:
+        if not isinstance(value, dict):
+            return value
+        return {name: [patterns] if isinstance(patterns, str) else patterns for name, patterns in value.items()}
 
 
 class TargetsConfig(Section):
@@ -260,6 +323,13 @@ class BalancingConfig(Section):
     """Share of the old value in the moving averages of squared norms and inner products."""
     projections: Literal["auto", "never"] | int = "auto"
     """Random vectors that stand for exact inner products of gradients; auto: where exact ones cost too much."""
+    level: Literal["neck", "features", "trunk"] = "neck"
+    """Where gradients are taken: at the weights of the last shared linear layer; at the features themselves (any trunk,
+    cheaper, a bound); or at all linear layers of the trunk (routed, files)."""
+    unbiased: bool = False
+    """Leave out of norms and inner products what rows have with themselves, the noise of small batches; needs smoothing."""
+    affinity: bool = False
+    """Average the cosines of the tasks' gradients over steps: `affinity.parquet` says which tasks help or hurt one another."""
 
 
 class ObjectiveConfig(Section):
@@ -307,6 +377,8 @@ class TrainConfig(Section):
     """torch.compile the trunk."""
     seed: int = Field(0, ge=0)
     """Seed of initialisation, order and dropout; the split has its own."""
+    seed_with_split: bool = False
+    """Add the split's seed to `seed`: so `split.seeds` repeat the training where the split is given, and is always the same."""
     eval_every: float = Field(1.0, gt=0)
     """Epochs between evaluations on the validation part."""
     log_every: int = Field(20, ge=1)
@@ -341,6 +413,9 @@ class SelectConfig(Section):
     """best: of the best evaluation; last: of the last step, for a learning rate that decays to 0."""
     patience: int | None = Field(None, ge=1)
     """Evaluations without improvement before training stops; default: never."""
+    predictions: int = Field(5_000_000, ge=0)
+    """Most labels of a part whose predictions the run keeps, of rows drawn at random, some 15 bytes each: `mtrain report` needs
+    them for intervals and to compare runs; 0: none."""
 
 
 class Config(Section):
@@ -358,7 +433,7 @@ class Config(Section):
     train: TrainConfig = TrainConfig()
     select: SelectConfig = SelectConfig()
     tracker: Spec = Field(default_factory=lambda: Spec(class_path="none"))
-    """none, or Wandb (offline unless `mode: online` or WANDB_MODE says otherwise)."""
+    """none, wandb (offline unless `mode: online` or WANDB_MODE says otherwise), tensorboard, or an import path."""
     run_dir: str | None = None
     """Place of the run; default runs/<name of the config>."""
     init_from: str | None = None
@@ -387,6 +462,17 @@ class Config(Section):
                 raise ValueError(f"data.{field} is for layouts routed and pairs; grid has its label columns in tasks.labels")
             if layout in ("routed", "pairs") and not given:
                 raise ValueError(f"data.{field} is missing: layout {layout} needs the column's name")
+        if self.tasks.others == "refuse" and layout not in ("routed", "pairs"):
+            raise ValueError(f"tasks.others is for layouts routed and pairs, where rows name their task; layout is {layout}")
+        if self.tasks.derived and self.data.by_task:
+            raise ValueError(
+                f"tasks.derived: layout {layout} has one task for each row; further tasks on the same rows need grid or pairs"
+            )
+        if self.tasks.derived and self.split.by == "within_task":
+            raise ValueError(
+                "tasks.derived: split.by within_task deals out each task's labels by itself, so a label could train under one "
+                "name and test under another; use random, which keeps the rows of a key together"
+            )
         if layout == "pairs" and self.data.key is None:
             raise ValueError("data.key is missing: layout pairs needs the column that says which input row is meant")
         if layout in ("grid", "pairs") and self.sampler != Config.model_fields["sampler"].get_default(
@@ -396,6 +482,13 @@ class Config(Section):
                 f"sampler is for layouts routed and files, where rows are drawn by task; layout is {layout}: leave sampler out"
             )
         return self
+
+    def of_split(self, seed: int) -> Config:
+        """The run on one of its split seeds."""
+        train = self.train
+        if train.seed_with_split:
+            train = train.model_copy(update={"seed": train.seed + seed, "seed_with_split": False})
+        return self.model_copy(update={"split": self.split.model_copy(update={"seeds": [seed]}), "train": train})
 
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
@@ -420,10 +513,19 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
     if not isinstance(tree, dict):
         found = "nothing" if tree is None else f"a {type(tree).__name__}"
         raise UserError(f"config {path}: found {found}, expected keys such as data, tasks, model")
-    given = dict(_overrides(overrides))
+    return check_config(tree, str(path), override(tree, overrides))
+
+
+def override(tree: dict[str, Any], words: Sequence[str]) -> dict[str, Any]:
+    """Put command line words `--section.key value` into a tree; returns the values by key. A length in steps takes the place
+    of one in epochs, and the other way round."""
+    given = dict(_overrides(words))
     for key, value in given.items():
         _put(tree, key, value)
-    return check_config(tree, str(path), given)
+    for unit, other in (("steps", "epochs"), ("epochs", "steps")):
+        if f"train.{unit}" in given and f"train.{other}" not in given:
+            tree["train"].pop(other, None)
+    return given
 
 
 def check_config(tree: dict[str, Any], source: str, overridden: Iterable[str] = ()) -> Config:

@@ -99,6 +99,13 @@ def test_values_of_a_split_column_are_text_and_bare_numbers_are_shares(tmp_path)
         (["--data.layout=routed"], "data.task is missing"),
         (["--data.task=t"], "data.task is for layouts routed and pairs"),
         (["--sampler=Equal"], "sampler is for layouts routed and files"),
+        (["--tasks.others=refuse"], "tasks.others is for layouts routed and pairs"),
+        (["--tasks.derived={b: {lable: a}}"], "tasks.derived.b.lable: unknown option; did you mean 'label'?"),
+        (["--tasks.derived={b: {label: a}}", "--split.by=within_task"], "tasks.derived: split.by within_task deals out"),
+        (
+            ["--tasks.derived={b: {label: a}}", "--data.layout=routed", "--data.task=t", "--data.label=y"],
+            "tasks.derived: layout routed has one task for each row",
+        ),
         (["--split.seeds=[1, 1]"], "split.seeds: found [1, 1]; expected different seeds"),
         (["--split.seeds=[-1]"], "split.seeds.0: found -1"),
         (["--model.head.hidden=[0]"], "model.head.hidden.0: found 0"),
