@@ -245,7 +245,7 @@ def test_a_run_with_another_configuration_is_not_overwritten(refused, tmp_path):
     line = refused({"train": {"lr": 0.5, "epochs": 2}})
     assert "run_dir run: holds a run with another configuration: train.lr: 0.001 -> 0.5; choose another" in line
     Path("new.csv").write_text("x1\n1\n")
-    assert "no column 'x2' in the data" in refused(argv=["predict", "run", "new.csv", "-o", "out.csv"])
+    assert "no column 'x2' in new.csv" in refused(argv=["predict", "run", "new.csv", "-o", "out.csv"])
 
 
 def test_a_process_prints_one_line_and_exits_with_2(tmp_path):

@@ -46,5 +46,7 @@ def test_the_top_level_holds_only_what_it_should():
 
 def test_every_command_of_the_readme_exists():
     help_text = subprocess.run([sys.executable, "-m", "mtrain", "--help"], capture_output=True, text=True).stdout
-    for command in re.findall(r"mtrain (train|tasks|init|report|baseline|tune|calibrate|export|eval|predict|partition|plan|consolidate|bench)\b", README):
-        assert command in help_text
+    named = set(re.findall(r"`mtrain ([a-z]+)", README))
+    assert {"train", "init", "report", "bench"} <= named
+    for command in named:
+        assert re.search(rf"^    {command}\b", help_text, re.M), command

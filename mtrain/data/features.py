@@ -339,9 +339,7 @@ class Categorical(Feature):
         return out
 
 
-def encode_column(
-    table: pa.Table, columns: list[str], feature: Feature, num_proc: int = 1, cache: bool = True
-) -> Encoded:
+def encode_column(table: pa.Table, columns: list[str], feature: Feature, num_proc: int = 1, cache: bool = True) -> Encoded:
     """Run `feature.encode` over all rows of `table`.
 
     With `cache`, a `cached` feature runs through `Dataset.map`, once for each distinct value, in `num_proc` processes, and
