@@ -21,6 +21,7 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.parquet as pq
 from scipy.special import ndtri
 
 from mtrain.components import Spec
@@ -452,8 +453,8 @@ def _cache_key(table: pa.Table, feature: Feature) -> str:
     about = [type(feature).__qualname__, feature.version(), json.dumps(chosen, sort_keys=True, default=str), *sources]
     sink = pa.BufferOutputStream()
     anonymous = table.rename_columns([str(i) for i in range(table.num_columns)]).replace_schema_metadata(None)
-    with pa.ipc.new_stream(sink, anonymous.schema) as writer:
-        writer.write_table(anonymous.combine_chunks())
+    # not Arrow's own format: the last byte of its bitmaps holds whatever the memory held before
+    pq.write_table(anonymous, sink, compression="none")
     digest = hashlib.sha256(json.dumps(about).encode())
     digest.update(sink.getvalue())
     return digest.hexdigest()[:32]

@@ -279,16 +279,12 @@ class Stepper:
                 behind[id(p)] = grad * weight_A.to(grad).view(-1, *[1] * (grad.dim() - 1)) if weighs_heads else grad
         first = [p for p in params if id(p) not in behind]
         outputs, taps = [loss.piece.tap for loss in found], [tap for tap, *_ in staged]
-        at_first: Sequence[Tensor] = []
-        if first and not weighs_heads:
-            at_first, first_here = torch.autograd.grad(outputs, first, taps, retain_graph=True), []
-        else:
-            first_here = first
+        weighted = [*shared, *first] if weighs_heads else shared
+        plain = () if weighs_heads or not first else torch.autograd.grad(outputs, first, taps, retain_graph=True)
         for loss, tap in zip(found, taps, strict=True):
             loss.piece.scale_tap_(tap, weight_T)
-        given = torch.autograd.grad(outputs, [*shared, *first_here], taps) if shared or first_here else ()
-        at_first = at_first or given[len(shared) :]
-        behind |= dict(zip(map(id, first), at_first, strict=True))
+        given = torch.autograd.grad(outputs, weighted, taps) if weighted else ()
+        behind |= dict(zip(map(id, first), (*given[len(shared) :], *plain), strict=True))
         return [*given[: len(shared)], *(behind[id(p)] for p in params)]
 
     @torch.enable_grad()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from mtrain.balance.gradients import (
     SKETCH,
-    Factors,
     Sketch,
     check_vectors,
     gram,
@@ -37,7 +36,6 @@ from mtrain.parallel.shard import Shard
 from mtrain.train.objective import Piece
 
 EXACT_COST = 5e9  # multiply-adds of a Gram matrix up to which it is computed exactly
-
 SLICE = 2**24  # numbers of a block of projected labels
 
 Taps = Sequence[tuple[Piece, Tensor]]
@@ -47,7 +45,7 @@ class Layer:
     """A linear layer of the trunk, and what went through it last while it was `wanted`."""
 
     def __init__(self, module: nn.Linear):
-        self.has_bias, self.in_features, self.out_features = module.bias is not None, module.in_features, module.out_features
+        self.has_bias, self.in_features = module.bias is not None, module.in_features
         self.wanted = False
         module.register_forward_hook(self._keep)
 
@@ -95,6 +93,19 @@ class TaskGradients:
         """Width of the features."""
         return self.bank.in_features
 
+    def _slots(self, task_A: Tensor) -> Tensor:
+        """The place of each task among the active ones; -1 where it is absent."""
+        slot_T = torch.full((self.num_tasks,), -1, device=task_A.device)
+        slot_T[task_A] = torch.arange(len(task_A), device=task_A.device)
+        return slot_T
+
+    def _vectors(self, units: int, width_x: int, width_y: int) -> int | None:
+        """Random vectors of the projection of so many units; None where inner products are exact."""
+        if isinstance(self.config.projections, int):
+            return self.config.projections
+        costly = min(gram_cost(units, self.num_tasks, width_x, width_y)) > EXACT_COST
+        return SKETCH if costly and self.config.projections == "auto" else None
+
     def _everywhere(self, *value_T: Tensor) -> Tensor:
         """Sums over ranks, for all tasks."""
         stacked = torch.stack(value_T)
@@ -126,12 +137,9 @@ class GridGradients(TaskGradients):
         super().__init__(products, layers, bank, shard, config)
         self.vectors: int | None = None
         """Of the projection; None where inner products are exact."""
-        if products and config.projections != "never":
+        if products:
             (units,) = shard.world.sum_numbers(sum(group.weights[0].shape[:2].numel() for group in bank.groups))
-            rows = layers[0].width if layers else batch
-            cost = min(gram_cost(int(units), self.num_tasks, rows, self.width))
-            if config.projections != "auto" or cost > EXACT_COST:
-                self.vectors = SKETCH if config.projections == "auto" else config.projections
+            self.vectors = self._vectors(int(units), layers[0].width if layers else batch, self.width)
 
     def start(self, step: int, wanted: bool) -> None:
         super().start(step, wanted)
@@ -141,8 +149,8 @@ class GridGradients(TaskGradients):
         self.sums: dict[int, tuple[Piece, list[Tensor]]] = {}
 
     def add(self, features_BD: Tensor, taps: Taps, deal: Deal | None, factor: float) -> None:
-        x = self._inputs(features_BD, deal)
-        total = len(features_BD) if deal is None or deal.heads is None else deal.total
+        total = _rows_of_heads(features_BD, deal)
+        x = self._inputs(features_BD, deal, total)
         halves = [slice(0, total // 2), slice(total // 2, total)] if self.config.unbiased else [slice(0, total)]
         self.rows = [rows + len(range(total)[half]) for rows, half in zip(self.rows, halves, strict=True)]
         for piece, grad in taps:
@@ -155,9 +163,8 @@ class GridGradients(TaskGradients):
                 found = [torch.cat([b, c], -1) if x is None else b + c for b, c in zip(before, found, strict=True)]
             self.sums[piece.number] = piece, found
 
-    def _inputs(self, features_BD: Tensor, deal: Deal | None) -> Tensor | None:
+    def _inputs(self, features_BD: Tensor, deal: Deal | None, rows: int) -> Tensor | None:
         """What the gradients at the first units are multiplied with; None: nothing."""
-        rows = len(features_BD) if deal is None or deal.heads is None else deal.total
         if self.layers:
             x_HI = self.layers[0].inputs(self.shard, deal)
             if self.vectors is None:
@@ -179,47 +186,40 @@ class GridGradients(TaskGradients):
             found = unbiased_grid(found, statistic(task_A, -1), *self.rows)
         return (found.diagonal(), found) if self.products else (found, None)
 
-    def _factors(self, sign: int) -> list[tuple[Tensor, Factors]]:
-        """The tasks of each head group and their units: of the sum of the halves, or of the difference."""
-        found = []
+    def _sums(self, sign: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """For each head group its tasks, sums (of the halves, or their difference) and weights of the first units."""
         for piece, halves in self.sums.values():
             c_AHI = halves[0] if len(halves) == 1 else halves[0] + sign * halves[1]
-            found.append((piece.task_A, grid_factors(c_AHI, piece.group.first_weight())))
-        return found
+            yield piece.task_A, c_AHI, piece.group.first_weight()
 
     def _norms2(self, task_A: Tensor, sign: int) -> Tensor:
         norm2_T = torch.zeros(len(self.shard.own), device=task_A.device)
-        for task_a, factors in self._factors(sign):
-            norm2_T[task_a] = norms2(factors)
+        for task_a, c_AHI, v_AHD in self._sums(sign):
+            norm2_T[task_a] = norms2(grid_factors(c_AHI, v_AHD))
         return self._everywhere(norm2_T)[0, task_A]
 
     def _gram(self, task_A: Tensor, sign: int) -> Tensor:
-        parts = self._factors(sign)
-        rows = parts[0][1].x_NI.shape[1] if parts else self.layers[0].width if self.layers else sum(self.rows)
-        units = [(f.x_NI, f.y_ND, task_a.repeat_interleave(f.count_A.to(task_a.device))) for task_a, f in parts]
-        return self._gram_of_units(units, rows, task_A)
-
-    def _gram_of_units(self, units: list[tuple[Tensor, Tensor, Tensor]], rows: int, task_A: Tensor) -> Tensor:
-        """Of x `[n, rows]`, y `[n, D]` and tasks `[n]` of this rank."""
-        none = torch.zeros(0, max(rows, self.width), device=task_A.device)
-        x, y, task = zip((none[:, :rows], none[:, : self.width], none[:, 0].long()), *units, strict=True)
-        world, own = self.shard.world, self.shard.own_on(task_A.device)
-        x_NI, y_ND, task_N = (world.gather_rows(v) for v in (torch.cat(x), torch.cat(y), own[torch.cat(task)]))
-        slot_T = torch.full((self.num_tasks,), -1, device=task_A.device)
-        slot_T[task_A] = torch.arange(len(task_A), device=task_A.device)
-        slot_N = slot_T[task_N]
+        device = task_A.device
+        width = self.layers[0].width if self.layers else sum(self.rows)
+        x, y = [torch.zeros(0, width, device=device)], [torch.zeros(0, self.width, device=device)]  # of a rank without tasks
+        slot = [torch.zeros(0, dtype=torch.int64, device=device)]
+        slot_T = self._slots(task_A)[self.shard.own_on(device)]
+        for task_a, c_AHI, v_AHD in self._sums(sign):
+            factors = grid_factors(c_AHI, v_AHD)
+            x.append(factors.x_NI)
+            y.append(factors.y_ND)
+            slot.append(slot_T[task_a].repeat_interleave(v_AHD.shape[1]))
+        x_NI, y_ND, slot_N = (self.shard.world.gather_rows(torch.cat(parts)) for parts in (x, y, slot))
         there = slot_N >= 0
         return gram(routed_factors(x_NI[there], y_ND[there], slot_N[there], len(task_A)))
 
     def _project(self, task_A: Tensor, sign: int) -> Tensor:
         assert self.sketch is not None
         like = self.sketch.x_IR
-        none = like.new_zeros(0, 1, like.shape[1]), like.new_zeros(0, 1, self.width)
-        parts = [project(*none, self.sketch)]  # where this rank has no tasks, nothing of the right width
-        y_TF = parts[0].new_zeros(len(self.shard.own), parts[0].shape[1])
-        for piece, halves in self.sums.values():
-            c_AHR = halves[0] if len(halves) == 1 else halves[0] + sign * halves[1]
-            y_TF[piece.task_A] = project(c_AHR, piece.group.first_weight(), self.sketch)
+        none = project(like.new_zeros(0, 1, like.shape[1]), like.new_zeros(0, 1, self.width), self.sketch)
+        y_TF = none.new_zeros(len(self.shard.own), none.shape[1])  # also where this rank has no tasks
+        for task_a, c_AHR, v_AHD in self._sums(sign):
+            y_TF[task_a] = project(c_AHR, v_AHD, self.sketch)
         return self._projected(y_TF, self.sketch, task_A)
 
 
@@ -262,7 +262,7 @@ class LabelGradients(TaskGradients):
         none = features_BD.new_zeros(0)
         delta_PD = torch.cat([none.float().view(0, self.width), *deltas])
         row_P, task_P = (torch.cat([none.long(), *parts]) for parts in (rows, tasks))
-        total = len(features_BD) if deal is None or deal.heads is None else len(deal.heads)
+        total = _rows_of_heads(features_BD, deal)
         x, y = [], [delta_PD]
         if len(self.layers) == 1:
             x = [self.layers[0].inputs(self.shard, deal)[row_P]]
@@ -294,9 +294,8 @@ class LabelGradients(TaskGradients):
         num_tasks, task_P = len(self.shard.own), labels.task_P
         if not labels.x:
             alone = torch.arange(len(task_P)) if self.by_task else labels.row_P
-            return self._everywhere(gram_of_rows(labels.y[0], alone.to(task_P.device), task_P, num_tasks, norms=True))[
-                0, task_A
-            ]
+            norm2_T = gram_of_rows(labels.y[0], alone.to(task_P.device), task_P, num_tasks, norms=True)
+            return self._everywhere(norm2_T)[0, task_A]
         layers = list(zip(labels.x, labels.y, strict=True))
         norm2_T = torch.stack([self._layer_norms2(x_PI, y_PD, task_P) for x_PI, y_PD in layers]).sum(0)
         if not self.config.unbiased:
@@ -322,9 +321,7 @@ class LabelGradients(TaskGradients):
 
     def _gram(self, labels: _Labels, task_A: Tensor) -> Tensor:
         world, device = self.shard.world, task_A.device
-        slot_T = torch.full((self.num_tasks,), -1, device=device)
-        slot_T[task_A] = torch.arange(len(task_A), device=device)
-        slot_P = slot_T[self.shard.own_on(device)[labels.task_P]]
+        slot_P = self._slots(task_A)[self.shard.own_on(device)[labels.task_P]]
         there = slot_P >= 0
         slot_N, row_N = world.gather_rows(slot_P[there]), world.gather_rows(labels.row_P[there])
         if self.by_task:
@@ -334,7 +331,7 @@ class LabelGradients(TaskGradients):
         gram_AA = task_A.new_zeros(len(task_A), len(task_A), dtype=torch.float32)
         own_AA = torch.zeros_like(gram_AA)
         for x_PI, y_PD in zip(labels.x, labels.y, strict=True):
-            if (vectors := self._vectors(len(slot_N), x_PI, y_PD)) is not None:
+            if (vectors := self._vectors(len(slot_N), x_PI.shape[1], y_PD.shape[1])) is not None:
                 gram_AA += self._project(x_PI, y_PD, labels.task_P, vectors, task_A)
             else:
                 x_NI, y_ND = world.gather_rows(x_PI[there]), world.gather_rows(y_PD[there])
@@ -348,15 +345,6 @@ class LabelGradients(TaskGradients):
         common_AA = gram_of_rows(torch.ones(len(slot_N), 1, device=device), row_N, slot_N, len(task_A))
         return unbiased_rows(gram_AA, own_AA, count_A[:, None] * count_A, common_AA)
 
-    def _vectors(self, labels: int, x_PI: Tensor, y_PD: Tensor) -> int | None:
-        """Of the projection; None where inner products are exact."""
-        if self.config.projections == "never":
-            return None
-        if self.config.projections != "auto":
-            return self.config.projections
-        cost = min(gram_cost(labels, self.num_tasks, x_PI.shape[1], y_PD.shape[1]))
-        return SKETCH if cost > EXACT_COST else None
-
     def _project(self, x_PI: Tensor, y_PD: Tensor, task_P: Tensor, vectors: int, task_A: Tensor) -> Tensor:
         mean_I1 = self.shard.world.sum(x_PI.sum(0))[:, None]
         sketch = make_sketch(len(mean_I1), y_PD.shape[1], self.step, x_PI, vectors, mean_I1)
@@ -369,6 +357,11 @@ class LabelGradients(TaskGradients):
             y_TF.index_add_(0, task, part)
         assert y_TF is not None
         return self._projected(y_TF, sketch, task_A)
+
+
+def _rows_of_heads(features_BD: Tensor, deal: Deal | None) -> int:
+    """How many rows the heads of this rank read."""
+    return len(features_BD) if deal is None or deal.heads is None else len(deal.heads)
 
 
 def make_task_gradients(

@@ -8,6 +8,10 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+SMILES = [
+    "CCO", "c1ccccc1", "CC(=O)O", "CCN(CC)CC", "C1CCCCC1", "O=C=O", "CC(C)O", "c1ccncc1", "CCCCCl", "N#CC", "CC=O", "OCCO",
+]  # fmt: skip
+
 
 def frame(first, rows):
     n = np.arange(first, first + rows)

@@ -2,23 +2,9 @@
 
 import pyarrow as pa
 import pytest
+from frames import SMILES
 
 from mtrain.data.columns import Column, look
-
-SMILES = [
-    "CCO",
-    "c1ccccc1",
-    "CC(=O)O",
-    "CCN(CC)CC",
-    "C1CCCCC1",
-    "O=C=O",
-    "CC(C)O",
-    "c1ccncc1",
-    "CCCCCl",
-    "N#CC",
-    "CC=O",
-    "OCCO",
-]
 
 
 def test_a_column_is_looked_at_by_its_values():

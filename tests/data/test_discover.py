@@ -3,26 +3,13 @@
 import numpy as np
 import pandas as pd
 import pytest
+from frames import SMILES
 
 from mtrain.config import check_config
 from mtrain.data.discover import discover, merged, sizes
 from mtrain.errors import UserError
 
 rng = np.random.default_rng(0)
-SMILES = [
-    "CCO",
-    "c1ccccc1",
-    "CC(=O)O",
-    "CCN(CC)CC",
-    "C1CCCCC1",
-    "O=C=O",
-    "CC(C)O",
-    "c1ccncc1",
-    "CCCCCl",
-    "N#CC",
-    "CC=O",
-    "OCCO",
-]
 
 
 def numbers(names, rows=60):

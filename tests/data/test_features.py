@@ -317,6 +317,20 @@ def test_a_cached_feature_is_computed_once_for_each_distinct_value(tmp_path, num
     assert len(calls(log)) > len(first)
 
 
+def test_bits_beyond_the_last_row_do_not_change_the_key_of_the_cache(tmp_path):
+    """Arrow leaves them as the memory held them."""
+    log = tmp_path / "log"
+    feature = Slow(str(log))
+    feature.on_invalid = "skip"
+    clean = pa.array(["a", None, "b", "c", "d"])
+    (bitmap,) = clean.buffers()[0].to_pybytes()[:1]
+    for unused_bits in (0b000, 0b101, 0b111):
+        validity = pa.py_buffer(bytes([bitmap & 0b11111 | unused_bits << 5]))
+        column = pa.Array.from_buffers(clean.type, 5, [validity, *clean.buffers()[1:]])
+        encode_column(pa.table({"t": column}), ["t"], feature)
+    assert len(calls(log)) == 1
+
+
 def test_a_new_process_reads_the_cache_of_an_earlier_one(tmp_path):
     (tmp_path / "mine.py").write_text(
         textwrap.dedent(
