@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import inspect
 import json
 import os
 import sys
@@ -21,7 +22,7 @@ from mtrain.report.help import FIRST_RUN, MORE
 from mtrain.train.stop import Preempted, stop_signals
 
 SAID_ONCE = 1.0  # seconds in which a launcher ends the other processes, where rank 0 makes the same mistake
-BENCHES = ("heads", "step", "stream", "scale", "checkpoint", "balance", "study", "fusion", "treatment")
+BENCHES = ("heads", "step", "stream", "scale", "checkpoint", "balance", "study", "fusion", "experts", "treatment")
 
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:
@@ -149,7 +150,7 @@ def _run(argv: list[str], asked: Callable[[], int | None]) -> None:
     bench = command("bench", "Measure, and write the figures as JSON.")
     bench.add_argument("name", choices=list(BENCHES), help="what is measured")
     bench.add_argument("--json", type=Path, metavar="FILE", help="file for the figures")
-    bench.add_argument("--case", action="append", help="only this case (repeatable; not of step and stream)")
+    bench.add_argument("--case", action="append", help="only this case (repeatable; not of step, stream and treatment)")
 
     arguments, rest = parser.parse_known_args(argv)
     with_config = arguments.command in ("train", "tasks", "baseline", "partition", "plan")
@@ -158,10 +159,10 @@ def _run(argv: list[str], asked: Callable[[], int | None]) -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     sys.path.insert(0, os.getcwd())  # users' own classes are found beside them
     console = Console(width=None if sys.stdout.isatty() else 140)
+    _quiet()
     if arguments.command == "bench":
         _bench(arguments)
         return
-    _quiet()
     if arguments.command == "init":
         from mtrain.report.init import init as write_config
 
@@ -231,9 +232,10 @@ def _run(argv: list[str], asked: Callable[[], int | None]) -> None:
 
 
 def _bench(arguments: argparse.Namespace) -> None:
-    module = importlib.import_module(f"mtrain.bench.{arguments.name}")
-    options = [arguments.case] if arguments.name in ("heads", "scale", "checkpoint", "balance", "study", "fusion") else []
-    module.run(arguments.json, *options)
+    run = importlib.import_module(f"mtrain.bench.{arguments.name}").run
+    if arguments.case and "cases" not in inspect.signature(run).parameters:
+        raise UserError(f"bench {arguments.name} has no cases, found --case {arguments.case[0]}; leave it out")
+    run(arguments.json, **({"cases": arguments.case} if arguments.case else {}))
 
 
 def _given(arguments: argparse.Namespace) -> list[str]:

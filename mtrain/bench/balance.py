@@ -30,16 +30,12 @@ from mtrain.balance import BALANCERS
 from mtrain.balance.base import Balancer, Seen
 from mtrain.bench.cases import cases_named
 from mtrain.bench.scale import Case, make_config, make_table
+from mtrain.bench.trainers import make_trainer, time_steps, wait
 from mtrain.config import check_config
 from mtrain.data.loader import Loader
 from mtrain.data.prepare import Prepared, prepare, read_source
-from mtrain.parallel.world import World
-from mtrain.parallel.wrap import make_accelerator
-from mtrain.train.loop import Trainer, build_loader
+from mtrain.train.loop import Trainer
 from mtrain.train.objective import pieces, routes
-from mtrain.train.run_dir import RunDir
-from mtrain.train.step import Totals, count
-from mtrain.train.tracker import NoTracker
 
 SAMPLE = 10  # tasks whose backward is timed
 PEER_LIMIT = 20.0  # seconds
@@ -72,10 +68,11 @@ CASES = [
 
 
 class Timed(Balancer):
-    """A balancer, and the seconds of its last call."""
+    """A balancer, and the seconds of each of its calls."""
 
     def __init__(self, inner: Balancer):
-        self.inner, self.seconds = inner, 0.0
+        self.inner = inner
+        self.seconds: list[float] = []
         self.gram_AA: torch.Tensor | None = None
         self.needs, self.second_forward = inner.needs, inner.second_forward  # type: ignore[misc]
         self.weighs_heads = inner.weighs_heads  # type: ignore[misc]
@@ -83,8 +80,8 @@ class Timed(Balancer):
     def weights(self, seen: Seen) -> torch.Tensor:
         start = time.perf_counter()
         found = self.inner.weights(seen)
-        _wait(found.device)
-        self.seconds = time.perf_counter() - start
+        wait(found.device)
+        self.seconds.append(time.perf_counter() - start)
         self.gram_AA = seen.gram_AA
         return found
 
@@ -92,16 +89,14 @@ class Timed(Balancer):
         self.inner.after(seen)
 
 
-def make_trainer(setting: Setting, data: Prepared, method: str, path: Path) -> tuple[Trainer, Loader, Timed]:
+def make_contender(setting: Setting, data: Prepared, method: str, path: Path) -> tuple[Trainer, Loader, Timed]:
     base = make_config(setting.case, path).model_dump(mode="json")
     base["model"] |= {"neck": setting.case.width, "head": {"hidden": setting.hidden}}
     base["objective"]["balancer"] = method
-    config = check_config(base, "bench balance")
-    accelerator, world = make_accelerator(config), World()
-    trainer = Trainer(data, config, RunDir(path.parent / "run"), accelerator, world, NoTracker(), Console(quiet=True))
+    trainer, loader = make_trainer(check_config(base, "bench balance"), data, path.parent / "run")
     bounded = trainer.stepper.balancing.balancer
     bounded.balancer = timed = Timed(bounded.balancer)
-    return trainer, build_loader(data, config, data.parts["train"], accelerator.device), timed
+    return trainer, loader, timed
 
 
 def naive(trainer: Trainer, loader: Loader) -> float:
@@ -119,10 +114,10 @@ def naive(trainer: Trainer, loader: Loader) -> float:
     sum_A = sums[0][1]
     seconds = []
     for a in range(SAMPLE):
-        _wait(device)
+        wait(device)
         start = time.perf_counter()
         torch.autograd.grad(sum_A[a], list(neck.parameters()), retain_graph=True)
-        _wait(device)
+        wait(device)
         seconds.append(time.perf_counter() - start)
     return median(seconds) * sum(len(piece.task_A) for piece, _ in sums)
 
@@ -144,26 +139,19 @@ def peer_ms(method: str, gram_AA: torch.Tensor | None) -> float | None:
 def measure(setting: Setting, methods: Sequence[str], path: Path) -> list[dict[str, Any]]:
     source = read_source(make_config(setting.case, path))
     data = prepare(source, 0)
-    contenders = {method: make_trainer(setting, data, method, path) for method in dict.fromkeys(["equal", *methods])}
-    seconds: dict[str, list[float]] = {method: [] for method in contenders}
-    weights: dict[str, list[float]] = {method: [] for method in contenders}
-    naive_seconds = naive(*contenders["equal"][:2])
-    for number in range(setting.case.steps + 1):
-        for method, (trainer, loader, timed) in contenders.items():
-            device = trainer.accelerator.device
-            batch, totals = loader.batch(number), Totals(len(data.tasks), device)
-            _wait(device)
-            start = time.perf_counter()
-            trainer.stepper(batch, number, totals, *count(batch))
-            _wait(device)
-            if number:  # the first one makes buffers
-                seconds[method].append(time.perf_counter() - start)
-                weights[method].append(timed.seconds)
+    contenders, timed = {}, {}
+    for method in dict.fromkeys(["equal", *methods]):
+        trainer, loader, timed[method] = make_contender(setting, data, method, path)
+        contenders[method] = trainer, loader
+    naive_seconds = naive(*contenders["equal"])
+    seconds = time_steps(contenders, setting.case.steps)
     results = []
     for method in contenders:
         extras = [mine - plain for mine, plain in zip(seconds[method], seconds["equal"], strict=True)]
-        extra, collecting = median(extras), median(e - own for e, own in zip(extras, weights[method], strict=True))
-        gradients, alone = contenders[method][0].stepper.balancing.gradients, median(weights[method])
+        own = timed[method].seconds[-len(extras) :]
+        extra, collecting = median(extras), median(e - alone for e, alone in zip(extras, own, strict=True))
+        trainer = contenders[method][0]
+        gradients, alone = trainer.stepper.balancing.gradients, median(own)
         results.append(
             {
                 "bench": "balance",
@@ -175,7 +163,7 @@ def measure(setting: Setting, methods: Sequence[str], path: Path) -> list[dict[s
                 "statistics": None if gradients is None else collecting / median(seconds["equal"]),
                 "naive_ratio": naive_seconds / extra if gradients is not None and extra > 0 else None,
                 "weights_ms": alone * 1e3,
-                "torchjd_ms": peer_ms(method, contenders[method][2].gram_AA),
+                "torchjd_ms": peer_ms(method, timed[method].gram_AA),
                 "gram_error": None if gradients is None else gradients.error,
             }
         )
@@ -215,8 +203,3 @@ def print_table(results: Sequence[dict[str, Any]]) -> None:
         )
         table.add_row(result["case"], result["method"], *numbers)
     Console(width=None if sys.stdout.isatty() else 140).print(table)
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

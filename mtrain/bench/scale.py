@@ -22,7 +22,6 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-import datasets
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -333,7 +332,6 @@ def print_table(results: Sequence[dict[str, Any]]) -> None:
 def _work(folder: Path) -> None:
     """What `launch` starts: all cases, on the processes that there are."""
     torch.set_num_threads(1)
-    datasets.disable_progress_bars()
     results = []
     for tree in json.loads((folder / "cases.json").read_text()):
         case = Case(**tree)

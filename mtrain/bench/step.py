@@ -17,23 +17,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import datasets
 import numpy as np
 import pyarrow as pa
 import torch
-from rich.console import Console
 from torch import Tensor, nn
 
+from mtrain.bench.trainers import make_trainer
 from mtrain.config import Config, check_config
 from mtrain.data.batch import Grid
 from mtrain.data.inputs import MemoryInputs
 from mtrain.data.prepare import Prepared, prepare, read_source
-from mtrain.parallel.world import World
-from mtrain.parallel.wrap import make_accelerator
-from mtrain.train.loop import Trainer, build_loader
-from mtrain.train.run_dir import RunDir
 from mtrain.train.step import Totals, count
-from mtrain.train.tracker import NoTracker
 
 TOXCAST = "toxcast/toxcast.csv.gz"
 ROWS, BITS, TASKS, MISSING = 8576, 1024, 617, 0.71
@@ -94,8 +88,7 @@ def hand_written(data: Prepared, fused: bool) -> Callable[[], float]:
 
 def ours(data: Prepared, config: Config, folder: Path) -> Callable[[], float]:
     """The trainer's own step and loader, for one epoch."""
-    trainer = Trainer(data, config, RunDir(folder), make_accelerator(config), World(), NoTracker(), Console(quiet=True))
-    loader = build_loader(data, config, data.parts["train"])
+    trainer, loader = make_trainer(config, data, folder)
     step = 0
 
     def epoch() -> float:
@@ -112,7 +105,6 @@ def ours(data: Prepared, config: Config, folder: Path) -> Callable[[], float]:
 
 def run(json_path: Path | None = None, epochs: int = 9) -> list[dict[str, Any]]:
     """Time `epochs` interleaved epochs of each after a warm-up; prints and returns the figures."""
-    datasets.disable_progress_bars()
     config = make_config()
     data = prepare(read_source(config), 0)
     with tempfile.TemporaryDirectory() as folder:

@@ -117,7 +117,6 @@ def restore(data: Prepared, config: Config, state: dict[str, Any], step: int) ->
 
 def run(json_path: Path | None = None) -> list[dict[str, Any]]:
     """Time everything on the same files; prints and returns the figures."""
-    datasets.disable_progress_bars()
     with tempfile.TemporaryDirectory() as folder:
         paths = write_tasks(Path(folder))
         config = make_config(Path(folder))
