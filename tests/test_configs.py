@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 from unittest import mock
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -18,6 +19,9 @@ import yaml
 from safetensors.torch import load_file
 
 from mtrain.cli import main
+from mtrain.config import load_config
+from mtrain.data.sources import open_data
+from mtrain.ship import Predictor
 from mtrain.train.step import Stepper
 
 ROOT = Path(__file__).parents[1]
@@ -27,6 +31,7 @@ NEED_DATA = {"bibtex", "cora", "kiba", "school", "school_files", "tox21", "tox21
 NEED_PACKAGES = dict.fromkeys(("kiba", "tox21", "toxcast"), "rdkit") | dict.fromkeys(("cora", "tox21_graph"), "torch_geometric")
 NO_GRADIENTS = {"dependent", "fusion_decision", "mmoe", "bibtex", "kiba"}  # heads that read others or mix, several members
 QUICK = {"many_heads", "treatment"}
+NOT_EXPORTED = {"cora": "its nodes are those of one graph", "task_inputs": "reads each row's task"}
 STEPS, SIGNALLED = 6, 3
 SHORT = ["--train.steps", str(STEPS), "--split.seeds", "[0]", "--train.log_every", "1", "--split.refit", "false"]
 
@@ -109,6 +114,39 @@ def test_a_run_that_was_stopped_goes_on_as_if_it_had_not_been_and_predicts(confi
     numbers = [column for column in table.columns if pa.types.is_floating(column.type)]
     assert numbers
     assert all(math.isfinite(value) for column in numbers for value in column.drop_null().slice(0, 50).to_pylist())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("config", EVERY, indirect=True)
+def test_an_exported_run_gives_the_numbers_of_predict_or_says_why_there_is_none(config, tmp_path, capsys):
+    run, out = tmp_path / "run", tmp_path / "model"
+    for package in ("onnx", "onnxruntime", "onnxscript"):
+        pytest.importorskip(package)
+    assert mtrain("train", config, *SHORT, "--run_dir", run) == 0
+    capsys.readouterr()
+    status, error = mtrain("export", run, "-o", out), capsys.readouterr().err
+    if config.stem in NOT_EXPORTED:
+        assert status == 2
+        assert NOT_EXPORTED[config.stem] in error
+        assert len(error.splitlines()) == 1
+        return
+    assert status == 0, error
+    rows = tmp_path / "rows.parquet"
+    data = load_config(config, []).data
+    if data.layout == "files":
+        rows = rows_to_predict(config, tmp_path)
+    else:
+        table = open_data(data, None)[0]
+        pq.write_table(table.read_chunk(0, table.column_names).slice(0, 50), rows)
+    assert mtrain("predict", run, rows, "-o", tmp_path / "out.parquet") == 0
+    expected = pq.read_table(tmp_path / "out.parquet")
+    for backend in ("torch", "onnx"):
+        found = Predictor.load(out, backend).predict(rows)
+        assert found.column_names == expected.column_names
+        for name, kind in zip(expected.column_names, expected.schema.types, strict=True):
+            if pa.types.is_floating(kind):
+                scale = np.nanmax(np.abs(expected[name].to_numpy()), initial=1)
+                np.testing.assert_allclose(found[name], expected[name], rtol=1e-5, atol=1e-5 * scale, err_msg=name)
 
 
 @pytest.mark.slow

@@ -16,6 +16,7 @@ import yaml
 from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
 
 from mtrain.cli import main
+from mtrain.ship import Predictor
 from mtrain.train.checkpoint import Checkpoints
 
 ROOT = Path(__file__).parent.parent
@@ -116,6 +117,22 @@ def test_a_run_predicts_new_texts(folder, straight):
     assert {"t0", "t1", "t1=good", "t2", "t3"} <= set(found)
     assert len(found) == 3
     assert found["t0"].between(0, 1).all()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["torch", "onnx"])
+def test_an_exported_run_gives_the_same_predictions(folder, straight, backend, tmp_path):
+    for package in ("onnx", "onnxruntime", "onnxscript"):
+        pytest.importorskip(package)
+    new = pd.DataFrame({"text": ["fine w3 great", "poor w4", "nice", " ".join(["w7"] * 40), "w1 sad"]})
+    new.to_csv(tmp_path / "new.csv", index=False)
+    assert command("predict", straight, tmp_path / "new.csv", "-o", tmp_path / "out.csv") == 0
+    assert command("export", straight, "-o", tmp_path / "model") == 0
+    expected = pd.read_csv(tmp_path / "out.csv")
+    found = Predictor.load(tmp_path / "model", backend).predict(new)
+    assert list(found) == list(expected)
+    for name in ("t0", "t1=good", "t2", "t3"):
+        np.testing.assert_allclose(found[name], expected[name], atol=1e-5)
 
 
 def test_texts_that_stream_follow_the_same_curve(folder, straight):

@@ -100,25 +100,34 @@ class MoleculeBatch:
 def unpack_molecules(x_BF: Tensor) -> MoleculeBatch:
     """Packed rows, as `pack_molecule` gives them, as one graph of all their atoms. Rows of zeros have none.
 
+    In `torch.export`, where the number of atoms cannot depend on the rows, all places for atoms and bonds are there, and those
+    without one belong to the last row, which must be zeros.
+
     Raises:
         UserError: rows that are something else.
     """
     max_atoms = (x_BF.shape[1] - 2) // 3
     num_atoms_B, num_bonds_B = x_BF[:, :2].long().unbind(1)
-    if ((num_atoms_B < 0) | (num_atoms_B > max_atoms) | ((num_atoms_B == 0) & x_BF.any(1))).any():
+    exporting = torch.compiler.is_exporting()
+    if not exporting and ((num_atoms_B < 0) | (num_atoms_B > max_atoms) | ((num_atoms_B == 0) & x_BF.any(1))).any():
         raise UserError("inputs: they are no packed molecules; the trunk GraphNet reads the feature MolGraph and nothing else")
     row_A, place_A, code_A = _listed(x_BF[:, 2 : 2 + max_atoms], num_atoms_B)
     row_E, _, code_E = _listed(x_BF[:, 2 + max_atoms :], num_bonds_B)
     bond_E = _unpack(code_E, BOND_FIELDS)
-    first_B = num_atoms_B.cumsum(0) - num_atoms_B
+    places_B = torch.full_like(num_atoms_B, max_atoms) if exporting else num_atoms_B
+    first_B = places_B.cumsum(0) - places_B
     ends_2E = (bond_E[:, :2] + first_B[row_E, None]).T
     both_ways_2E = torch.cat([ends_2E, ends_2E.flip(0)], 1)
     return MoleculeBatch(row_A, place_A, _unpack(code_A, ATOM_FIELDS), both_ways_2E, bond_E[:, 2:].repeat(2, 1))
 
 
 def _listed(values_BM: Tensor, count_B: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Row, place and value of the first `count_B` values of each row."""
+    """Row, place and value of the first `count_B` values of each row; in `torch.export` of all values, see above."""
     there_BM = torch.arange(values_BM.shape[1], device=count_B.device) < count_B[:, None]
+    if torch.compiler.is_exporting():
+        row_B, place_M = (torch.arange(size, device=count_B.device) for size in values_BM.shape)
+        row_BM = torch.where(there_BM, row_B[:, None], count_B.shape[0] - 1)
+        return row_BM.flatten(), place_M.expand_as(there_BM).flatten(), (values_BM * there_BM).long().flatten()
     row_N, place_N = there_BM.nonzero(as_tuple=True)
     return row_N, place_N, values_BM[there_BM].long()
 
@@ -134,7 +143,7 @@ def _unpack(code_N: Tensor, fields: Mapping[str, int]) -> Tensor:
     """Codes `[N]` to fields `[N, number of fields]`."""
     bits = torch.tensor(list(fields.values()), device=code_N.device)
     shift = bits.flip(0).cumsum(0).flip(0) - bits
-    return code_N[:, None] >> shift & (1 << bits) - 1
+    return code_N[:, None] // 2**shift % 2**bits  # ONNX has no shifts
 
 
 def _atom(atom: Any) -> list[int]:

@@ -51,13 +51,16 @@ class Stacked(nn.Module):
     def forward(self, x: Tensor, keys_EB: Tensor | None = None) -> Tensor:
         """`[E, B, D]` of x `[E, B, F]`, or of `[B, F]` that all networks read."""
         state = {name: getattr(self, place) for name, place in self.places.items()}
-        keyed = self.takes_keys and keys_EB is not None
+        keys_EB = keys_EB if self.takes_keys else None
 
         def run(state: dict[str, Tensor], x_BF: Tensor, keys_B: Tensor | None) -> Tensor:
-            return functional_call(self.one, state, (x_BF, keys_B) if keyed else (x_BF,))
+            return functional_call(self.one, state, (x_BF,) if keys_B is None else (x_BF, keys_B))
 
-        in_dims = (0, 0 if x.dim() == 3 else None, 0 if keyed else None)
-        return vmap(run, in_dims, randomness="different")(state, x, keys_EB if keyed else None)
+        if torch.compiler.is_exporting():  # vmap's rules for norms fix the number of rows
+            ones = [dict(zip(state, values, strict=True)) for values in zip(*state.values(), strict=True)]
+            return torch.stack([run(one, x[e] if x.dim() == 3 else x, None) for e, one in enumerate(ones)])
+        in_dims = (0, 0 if x.dim() == 3 else None, None if keys_EB is None else 0)
+        return vmap(run, in_dims, randomness="different")(state, x, keys_EB)
 
 
 def keys_of(keys_B: Tensor | None, salts: Tensor) -> Tensor | None:

@@ -84,8 +84,10 @@ class NodeGraph(nn.Module):
         """`[B, 1]` numbers of nodes to `[B, width]`.
 
         Raises:
-            UserError: a number that is no node of the graph, or a layer of another width.
+            UserError: a number that is no node of the graph, a layer of another width, or `torch.export`.
         """
+        if torch.compiler.is_exporting():
+            raise UserError("trunk NodeGraph cannot be exported: its nodes are those of one graph; predict them with the run")
         self._to(x_BF.device)
         node_B = self._nodes(x_BF[:, 0])
         keys_N = None
@@ -168,12 +170,15 @@ class GraphNet(nn.Module):
         """Packed molecules to `[B, 2 width]`."""
         from torch_geometric.utils import scatter
 
+        rows = x_BF.shape[0]
+        if torch.compiler.is_exporting():
+            x_BF = F.pad(x_BF, (0, 0, 0, 1))  # a row for places without an atom or bond
         batch = unpack_molecules(x_BF)
         keys_A = None if keys_B is None else mix64(keys_B[batch.row_A] ^ batch.place_A)
         h_AD, bond_ED = self.atoms(batch.atom_A), self.bonds(batch.bond_E)
         for conv, norm, dropout in zip(self.convs, self.norms, self.dropouts, strict=True):
             h_AD = h_AD + dropout(F.relu(norm(conv(h_AD, batch.edge_2E, bond_ED))), keys_A)
-        pooled = [scatter(h_AD, batch.row_A, dim_size=len(x_BF), reduce=how) for how in ("mean", "max")]
+        pooled = [scatter(h_AD, batch.row_A, dim_size=x_BF.shape[0], reduce=how)[:rows] for how in ("mean", "max")]
         return self.last_dropout(F.relu(self.readout(torch.cat(pooled, 1))), keys_B)
 
 

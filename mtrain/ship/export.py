@@ -165,7 +165,7 @@ def _about(run: RunDir, config: Config, model: LoadedModel, values: Values, cali
         "output": VALUES,
         "calibrated": values.calibrated,
         "key": config.data.key,
-        "task": config.data.task if config.data.layout == "routed" else None,
+        "task": config.data.task,
         "tasks": tasks,
     }
 
@@ -176,6 +176,8 @@ def _write_models(folder: Path, values: Values, x_NF: NDArray[np.float32], onnx:
         try:
             program = torch.export.export(values, (torch.from_numpy(x_NF),), dynamic_shapes=rows)
             torch.export.save(program, folder / PROGRAM)
+        except UserError:
+            raise
         except Exception as error:  # a trunk may do anything that torch.export cannot follow
             fixed = "specialized it to be a constant" in str(error)
             hint = "; its forward fixes the number of rows: x.shape[0] stays free where len(x) does not" if fixed else ""

@@ -197,8 +197,7 @@ def _append(
     if shares is None:
         return 0
     value_NV = np.concatenate([value_NV for value_NV, _ in shares])
-    data = runs.config.data
-    write(to_table(runs.outputs, value_NV, kept, data.task if data.layout == "routed" else None))
+    write(to_table(runs.outputs, value_NV, kept, runs.config.data.task))
     return sum(int((~valid_N).sum()) for _, valid_N in shares)
 
 
