@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Literal
@@ -27,6 +28,11 @@ if TYPE_CHECKING:
 
 _MAX_INFERRED_CLASSES = 20
 _ROWS_PER_INFERRED_CLASS = 10
+_CLASSES = "classes, whole numbers"
+_COUNTS = "whole numbers; set kind: poisson or multiclass for counts or classes"
+_WORDS = dict.fromkeys(("yes", "true", "y", "t", "positive", "active", "ja", "oui"), 1.0)
+_WORDS |= dict.fromkeys(("no", "false", "n", "f", "negative", "inactive", "nein", "non"), 0.0)
+"""What these texts mean as labels of binary tasks."""
 
 
 @dataclass(frozen=True)
@@ -122,7 +128,7 @@ def read_grid(data: Table, columns: list[str], config: TasksConfig, missing: Seq
         y_P=np.concatenate([value[rows] for (value, _), rows in zip(parsed, row_of, strict=True)]),
         texts=[texts[0] for _, texts in parsed],
     )
-    return _finish(_derive(labels, len(columns), config, options, data.column_names), options)
+    return _finish(_derive(labels, len(columns), config, options, data.column_names), options, families=True)
 
 
 def read_long(data: Table, task: str, label: str, config: TasksConfig, missing: Sequence[float | str]) -> LabelTable:
@@ -329,7 +335,7 @@ def _parse_text(
     task_N: NDArray[np.int64],
     kinds: Sequence[Kind | None],
 ) -> Parsed:
-    """A task whose text is all numbers has numbers; mostly numbers is a mistake; other text is classes."""
+    """A task whose text is all numbers, or all yes and no, has numbers; mostly numbers is a mistake; other text is classes."""
     code_N, distinct = encode_categories(pc.utf8_trim_whitespace(column))
     texts = distinct.to_pylist()
     number = np.asarray(pd.to_numeric(np.array(texts, dtype=object), errors="coerce"), dtype=float)
@@ -338,6 +344,12 @@ def _parse_text(
     is_missing |= np.isin(number, _numbers(missing))
     known_N = ~is_missing[code_N] & (task_N >= 0)
     text_N = known_N & np.isnan(number[code_N])
+
+    word = np.array([*(_WORDS.get(text.lower(), np.nan) for text in texts), np.nan])
+    others_T = np.bincount(task_N[known_N & np.isnan(word[code_N])], minlength=len(kinds))
+    words_T = (others_T == 0) & [kind is None or isinstance(kind, Binary) for kind in kinds]
+    number_N = np.where(words_T[task_N], word[code_N], number[code_N])
+    text_N &= np.isnan(number_N)
 
     labels_T = np.bincount(task_N[known_N], minlength=len(kinds))
     texts_T = np.bincount(task_N[text_N], minlength=len(kinds))
@@ -364,7 +376,7 @@ def _parse_text(
     rank[order] = np.arange(len(texts))
     by_rank = [texts[i] for i in order]
     has_text_T = asked_T | (texts_T > 0)
-    value = np.where(known_N, np.where(has_text_T[task_N], rank[code_N], number[code_N]), np.nan)
+    value = np.where(known_N, np.where(has_text_T[task_N], rank[code_N], number_N), np.nan)
     return value, [by_rank if has_text else None for has_text in has_text_T]
 
 
@@ -449,8 +461,9 @@ def _derive(labels: _Labels, num_tasks: int, config: TasksConfig, options: _Opti
     return _Labels(names, np.concatenate(task), np.concatenate(row), np.concatenate(y), texts, label, because)
 
 
-def _finish(labels: _Labels, options: _Options, left_out: Sequence[str] = ()) -> LabelTable:
-    """Skip tasks without labels, infer kinds, turn classes into indices, check every label against its kind."""
+def _finish(labels: _Labels, options: _Options, left_out: Sequence[str] = (), families: bool = False) -> LabelTable:
+    """Skip tasks without labels, infer kinds, turn classes into indices, check every label against its kind. With `families`,
+    tasks whose names differ only in numbers are of one kind."""
     notes = []
     names, task_P, row_P, y_P, texts = labels.names, labels.task_P, labels.row_P, labels.y_P, labels.texts
     options.check([*names, *labels.label.values(), *left_out])
@@ -465,7 +478,8 @@ def _finish(labels: _Labels, options: _Options, left_out: Sequence[str] = ()) ->
     task_P = renumber[task_P]
 
     distinct = _Distinct.of(task_P, y_P, len(keep))
-    tasks, reasons = [], []
+    tasks: list[Task] = []
+    reasons: list[str] = []
     for t, original in enumerate(keep):
         name = names[original]
         kind, reason = options.kind(name), labels.because.get(name, "as configured")
@@ -473,6 +487,10 @@ def _finish(labels: _Labels, options: _Options, left_out: Sequence[str] = ()) ->
             kind, reason = distinct.infer(t, texts[original] is not None)
         tasks.append(Task(name, kind, labels.label.get(name, name), (), options.weight(name)))
         reasons.append(reason)
+    counts = {_family(task.name) for task, reason in zip(tasks, reasons, strict=True) if reason == _COUNTS and families}
+    for t, task in enumerate(tasks):
+        if _family(task.name) in counts and reasons[t].startswith(_CLASSES):
+            tasks[t], reasons[t] = replace(task, kind=Regression()), _COUNTS
     if not any(task.weight for task in tasks):
         raise UserError("tasks.by_name: every task has weight 0, so nothing would be trained; give some a positive weight")
 
@@ -486,6 +504,11 @@ def _finish(labels: _Labels, options: _Options, left_out: Sequence[str] = ()) ->
     result = LabelTable(TaskTable(tuple(tasks)), task_P, row_P, y_P, reasons, notes)
     _check_kinds(result, distinct)
     return result
+
+
+def _family(name: str) -> str:
+    """The name without its numbers."""
+    return re.sub(r"\d+", "#", name)
 
 
 @dataclass(frozen=True)
@@ -528,8 +551,8 @@ class _Distinct:
             contiguous = high - low + 1 == len(values)
             frequent = self.labels_T[t] >= _ROWS_PER_INFERRED_CLASS * len(values)
             if low in (0, 1) and contiguous and 3 <= len(values) <= _MAX_INFERRED_CLASSES and frequent:
-                return Multiclass(), f"whole numbers {low} to {high}"
-            return Regression(), "whole numbers; set kind: poisson or multiclass for counts or classes"
+                return Multiclass(), f"{_CLASSES} {low} to {high}"
+            return Regression(), _COUNTS
         return Regression(), "real numbers"
 
     def class_names(self, t: int, texts: list[str] | None) -> tuple[str, ...]:

@@ -71,6 +71,25 @@ def test_whole_numbers_are_classes_only_if_few_contiguous_and_each_frequent():
         assert kinds(grid({"y": values})) == {"y": kind}
 
 
+def test_whole_numbers_of_columns_whose_names_differ_in_a_number_are_of_one_kind():
+    few, many = [0, 1, 2] * 10, [0, 1, 9] * 10
+    assert kinds(grid({"holes 1": few, "holes 2": many, "grade": few, "other 1": few})) == {
+        "holes 1": "regression", "holes 2": "regression", "grade": "multiclass", "other 1": "multiclass",
+    }  # fmt: skip
+    assert kinds(grid({"holes 1": few, "holes 2": many}, by_name={"holes 1": {"kind": "multiclass"}})) == {
+        "holes 1": "multiclass", "holes 2": "regression",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", [None, "binary"])
+def test_yes_and_no_are_one_and_zero(kind):
+    table = grid({"a": ["Yes", "no", None, "no "], "b": ["active", "", "inactive", "active"]}, kind=kind)
+    assert kinds(table) == {"a": "binary", "b": "binary"}
+    assert entries(table) == {"a": {0: 1, 1: 0, 3: 0}, "b": {0: 1, 2: 0, 3: 1}}
+    assert kinds(grid({"a": ["yes", "no", "perhaps"]})) == {"a": "multiclass"}
+    assert kinds(grid({"a": ["yes", "no"]}, kind="multiclass")) == {"a": "multiclass"}
+
+
 def test_classes_are_sorted_as_numbers_then_as_text_and_stored_by_name():
     labels = ["10", "9", "b", "a"] * 10
     table = grid({"y": labels}, kind="multiclass")
