@@ -33,7 +33,8 @@ class Section(BaseModel):
     @classmethod
     def _no_bool_as_number(cls, value: Any, info: ValidationInfo) -> Any:
         annotation = cls.model_fields[str(info.field_name)].annotation
-        if isinstance(value, bool) and bool not in (annotation, *get_args(annotation)):
+        given = value if isinstance(value, list) else [value]
+        if any(isinstance(one, bool) for one in given) and bool not in (annotation, *get_args(annotation)):
             raise ValueError("expected another type than true or false")
         return value
 
@@ -168,6 +169,17 @@ class TaskOptions(Section):
     @classmethod
     def _one_name(cls, value: Any) -> Any:
         return [value] if isinstance(value, str) else value
+
+    @field_validator("reads", "experts", "combine")
+    @classmethod
+    def _each_once(cls, value: list[Any] | None, info: ValidationInfo) -> Any:
+        if value is not None and not value:
+            raise ValueError("expected at least one")
+        if value is not None and info.field_name != "combine" and len(set(value)) < len(value):
+            raise ValueError("expected each once")
+        if value is not None and info.field_name == "combine" and not any(value):
+            raise ValueError("expected weights, not only zeros")
+        return value
 
 
 class DerivedTask(Section):

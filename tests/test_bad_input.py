@@ -123,6 +123,14 @@ def changed(column, value, row=None):
         ({"train": {"ephocs": 3}}, "c.yaml: train.ephocs: unknown option; did you mean 'epochs'?"),
         ({"init_from": "nowhere"}, "holds no config.yaml"),
         ({"freeze": ["trunk", "heads"]}, "nothing is left to train"),
+        ({"tasks": {"by_name": {"flag": {"reads": []}}}}, "flag.reads: found []; expected at least one"),
+        ({"tasks": {"by_name": {"flag": {"experts": [1, 1]}}}}, "experts: found [1, 1]; expected each once"),
+        ({"tasks": {"by_name": {"flag": {"experts": [True]}}}}, "experts: found [True]; expected another type than true or false"),
+        ({"tasks": {"by_name": {"flag": {"reads": "task:real", "combine": [0.0]}}}}, "combine: found [0.0]; expected weights, not only zeros"),
+        (
+            {"tasks": {"by_name": {"flag": {"reads": "task:real", "combine": [1.0], "hidden": [4]}}}},
+            "task 'flag' combines the logits of others by weights, and has hidden layers",
+        ),
     ],
 )
 def test_a_config_that_cannot_be_trained_leaves_nothing_behind(refused, changes, message):
@@ -211,6 +219,7 @@ def test_lists_are_checked(refused, columns, changes, message):
         (["--run_dir", "t.csv"], "run_dir t.csv: exists and is not a run"),
         (["--run_dir", "t.csv/run"], "run_dir t.csv/run: cannot be written"),
         (["--run_dir", "."], "run_dir .: exists and is not a run"),
+        (["--resume", "last"], "--resume last: expected auto, never, or a directory RUN/checkpoints/step-NUMBER"),
     ],
 )
 def test_wrong_words_on_the_command_line_are_named(refused, words, message):
@@ -230,6 +239,9 @@ def test_wrong_words_on_the_command_line_are_named(refused, words, message):
         (["predict", "nowhere", "t.csv"], "arguments are required: -o/--output"),
         (["predict", "nowhere", "t.csv", "-o", "out.xls"], "--output out.xls: expected a name that ends in"),
         (["bench", "hedas"], "invalid choice: 'hedas'"),
+        (["bench", "heads", "--json", "nowhere/f.json"], "--json nowhere/f.json: no folder nowhere; make it first"),
+        (["plan", "c.yaml", "--ranks", "2", "--memory", "nan"], "--memory is nan, expected GB of a process, above 0"),
+        (["plan", "c.yaml", "--ranks", "1000000000"], "--ranks is 1000000000, expected 1 to 100,000"),
     ],
 )
 def test_wrong_commands_are_refused(refused, argv, message):

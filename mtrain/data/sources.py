@@ -243,6 +243,7 @@ def _find(path: str, config: DataConfig, beside: Path | None) -> list[str]:
             return [str(full)]
         if os.path.isdir(full):
             found = sorted(str(f) for f in full.rglob("*") if f.is_file() and format_of(f.name))
+            found = [f for f in found if not f.endswith(".txt")] or found  # a readme beside tables
             if not found:
                 raise UserError(f"data.path {full}: the folder holds no csv, json, parquet or arrow file")
             if len(kinds := sorted({str(format_of(f)) for f in found})) > 1:

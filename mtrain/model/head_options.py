@@ -77,6 +77,8 @@ def _form(task: str, same: HeadForm, given: Mapping[str, Any], place: Mapping[st
             f"task '{task}' combines by {len(combine)} weights, but reads {', '.join(reads) or 'no task'}: expected as many "
             f"tasks as {TASK}NAME, and no feature"
         )
+    if combine is not None and given.get("hidden"):
+        raise UserError(f"task '{task}' combines the logits of others by weights, and has hidden layers; leave one of them out")
     for parent in parents:
         if parent not in place:
             raise UserError(f"task '{task}' reads {TASK}{parent}, which is not a task of this run{nearest(parent, place)}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Callable
 from pathlib import Path
@@ -21,6 +22,7 @@ from mtrain.report.say import say
 from mtrain.train.loop import sampling_probabilities
 
 SHOWN_RANKS = 8
+MOST_RANKS = 100_000
 SCALES = (8, 64, 512, 4096)
 MOMENT_BYTES = 8
 """Bytes of AdamW's two moments of a parameter, in float32."""
@@ -37,8 +39,10 @@ def show_plan(config: Config, beside: Path, ranks: int, memory_gb: float | None,
     Raises:
         UserError: the trunk or the heads do not fit, or what is wrong with config and data.
     """
-    if ranks < 1:
-        raise UserError(f"--ranks is {ranks}, expected at least 1")
+    if not 1 <= ranks <= MOST_RANKS:
+        raise UserError(f"--ranks is {ranks}, expected 1 to {MOST_RANKS:,}")
+    if memory_gb is not None and not 0 < memory_gb < math.inf:
+        raise UserError(f"--memory is {memory_gb:g}, expected GB of a process, above 0")
     source = read_source(config, beside)
     data = prepare(source, config.split.seeds[0])
     shared = shared_network(config, data.widths, data.tasks.names)

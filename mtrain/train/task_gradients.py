@@ -394,13 +394,15 @@ def make_task_gradients(
     neck = shared.linear_neck
     if not any(p.requires_grad for p in shared.parameters()):
         raise UserError(f"objective.balancer: {name} needs the tasks' gradients at the trunk, but the trunk is frozen")
+    if shared.members > 1:
+        raise UserError(f"objective.balancer: {name} needs gradients that all heads share, but the trunk has several members")
+    if (why := bank.beyond_taps(grid)) is not None:
+        raise UserError(f"objective.balancer: {name} needs the gradient of each task at the features, but {why}")
     if config.level == "neck" and neck is None:
         raise UserError(
             f"objective.balancer: {name} needs the tasks' gradients at a linear neck, but the trunk does not end in one; set "
-            f"model.neck to a width, or {at}.level to features"
+            f"{at}.level to features, or, where the trunk gives one feature, model.neck to a width"
         )
-    if shared.members > 1:
-        raise UserError(f"objective.balancer: {name} needs gradients that all heads share, but the trunk has several members")
     if config.unbiased and (not config.smoothing or config.level == "features"):
         found = "level is features" if config.level == "features" else "smoothing is 0"
         raise UserError(
@@ -410,8 +412,6 @@ def make_task_gradients(
         check_vectors(config.projections, f"{at}.projections")
         if not products:
             raise UserError(f"{at}.projections: {config.projections} vectors for inner products, but {name} needs norms only")
-    if (why := bank.beyond_taps(grid)) is not None:
-        raise UserError(f"objective.balancer: {name} needs the gradient of each task at the features, but {why}")
     layers = [neck] if neck is not None and config.level == "neck" else []
     if config.level == "trunk":
         layers = _linear_layers(shared, f"{at}.level: trunk")
