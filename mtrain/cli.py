@@ -95,6 +95,7 @@ def _run(argv: list[str], asked: Callable[[], int | None]) -> None:
     )
     tasks = command("tasks", "Show the tasks of a config, and what is suspicious, without training.", epilog=overrides)
     tasks.add_argument("config", type=Path, help="YAML file, such as mtrain init writes")
+    tasks.add_argument("--all", action="store_true", help="show every task, not only 20 of them, suspicious ones first")
     evaluate = command("eval", "Score the validation and test parts of a run again.")
     evaluate.add_argument("run", type=Path, help="run directory")
     predict = command("predict", "Predict every task for every row of a table, with one run or the mean of several.")
@@ -105,6 +106,16 @@ def _run(argv: list[str], asked: Callable[[], int | None]) -> None:
         "--all-tasks",
         action="store_true",
         help="whatever task a row names: it may be one that the run has not, and a trunk that reads it reads every task",
+    )
+    predict.add_argument(
+        "--keep",
+        nargs="+",
+        default=(),
+        metavar="COLUMN",
+        help="columns of the table to write too, by name or pattern: ids, dates",
+    )
+    predict.add_argument(
+        "--own-task", action="store_true", help="write each row's own task alone (`prediction`), not a column for each task"
     )
     predict.add_argument("--no-calibration", action="store_true", help="leave a run's calibration (mtrain calibrate) off")
     tune = command("tune", "Search over options of a config on its validation part, and write the best.", epilog=overrides)
@@ -118,9 +129,14 @@ def _run(argv: list[str], asked: Callable[[], int | None]) -> None:
         "learning rate, weight decay and batch about those of the config, and the widths and dropout of an MLP",
     )
     calibrate = command("calibrate", "Calibrate a run's probabilities on its validation part, and show what that does.")
-    calibrate.add_argument("run", type=Path, help="run directory; predict and export use its calibration from then on")
+    calibrate.add_argument("run", type=Path, help="run directory; predict and export use what is kept from then on")
     calibrate.add_argument(
         "--strength", type=float, default=100, help="rows of the pool of all tasks that each task is pulled towards by [100]"
+    )
+    calibrate.add_argument(
+        "--force",
+        action="store_true",
+        help="keep it also where the log loss is not lower with it, cross-validated on that part",
     )
     export = command("export", "Write a run's model for use without mtrain's trainer: torch.export, ONNX, and what they need.")
     export.add_argument("run", type=Path, help="run directory, of one split seed")
@@ -172,11 +188,16 @@ def _run(argv: list[str], asked: Callable[[], int | None]) -> None:
         return
     from mtrain import runs
 
+    if arguments.command in ("eval", "predict", "calibrate", "export", "consolidate"):
+        from mtrain.baseline.command import refuse_baselines
+
+        named = arguments.source if arguments.command == "consolidate" else arguments.run
+        refuse_baselines(named if isinstance(named, list) else [named])
     if with_config:
         config = load_config(arguments.config, rest)
         beside = arguments.config.parent
         if arguments.command == "tasks":
-            runs.show_tasks(config, beside, console)
+            runs.show_tasks(config, beside, console, arguments.all)
             return
         if arguments.command == "plan":
             from mtrain.report.plan import show_plan
@@ -212,7 +233,7 @@ def _run(argv: list[str], asked: Callable[[], int | None]) -> None:
     elif arguments.command == "calibrate":
         from mtrain.ship.calibrate import calibrate as fit
 
-        fit(arguments.run, console, arguments.strength)
+        fit(arguments.run, console, arguments.strength, arguments.force)
     elif arguments.command == "export":
         from mtrain.ship.export import export as write
 
@@ -228,13 +249,24 @@ def _run(argv: list[str], asked: Callable[[], int | None]) -> None:
         from mtrain.ship.predict import predict as write_predictions
 
         calibrated = not arguments.no_calibration
-        write_predictions(arguments.run, arguments.data, arguments.output, console, calibrated, arguments.all_tasks)
+        write_predictions(
+            arguments.run,
+            arguments.data,
+            arguments.output,
+            console,
+            calibrated,
+            arguments.all_tasks,
+            arguments.keep,
+            arguments.own_task,
+        )
 
 
 def _bench(arguments: argparse.Namespace) -> None:
     run = importlib.import_module(f"mtrain.bench.{arguments.name}").run
     if arguments.case and "cases" not in inspect.signature(run).parameters:
         raise UserError(f"bench {arguments.name} has no cases, found --case {arguments.case[0]}; leave it out")
+    if arguments.json is not None and not arguments.json.absolute().parent.is_dir():
+        raise UserError(f"--json {arguments.json}: no folder {arguments.json.parent}; make it first")
     run(arguments.json, **({"cases": arguments.case} if arguments.case else {}))
 
 

@@ -41,7 +41,7 @@ from mtrain.train.objective import Objective
 from mtrain.train.run_dir import RunDir, average_summaries
 from mtrain.train.state import head_stacks, trunk_tensors
 from mtrain.train.stop import Preempted
-from mtrain.train.tracker import TRACKERS
+from mtrain.train.tracker import build_tracker
 
 T = TypeVar("T")
 
@@ -85,19 +85,21 @@ def _train(
     resume: str,
     asked: Callable[[], int | None],
 ) -> dict[str, Any]:
+    if _checkpoint(resume) is not None and len(config.split.seeds) > 1:
+        raise UserError("--resume PATH: the run has several split seeds, a checkpoint is of one; choose one in split.seeds")
+    world.together(run.check_free)
+    of_rank = config.tracker if world.is_first else Spec(class_path="none")
+    trackers = world.together(lambda: {seed: build_tracker(of_rank) for seed in config.split.seeds})
     source = _first_here(accelerator, world, lambda: read_source(config, beside))
     resolved = config.model_copy(update={"inputs": source.input_specs(), "data": _located(config.data, beside)})
     seeds = config.split.seeds
-    if resume not in ("auto", "never") and len(seeds) > 1:
-        raise UserError("--resume PATH: the run has several split seeds, a checkpoint is of one; choose one in split.seeds")
 
     def trainer(seed: int) -> Trainer:
         data = _first_here(accelerator, world, lambda: prepare(source, seed))
-        tracker = build(config.tracker if world.is_first else Spec(class_path="none"), TRACKERS, "tracker")
         with _out_of_memory(config):
             _check_alike(world, resolved, data)
             return world.together(
-                lambda: Trainer(data, config.of_split(seed), run, accelerator, world, tracker, console, asked)
+                lambda: Trainer(data, config.of_split(seed), run, accelerator, world, trackers[seed], console, asked)
             )
 
     first: Trainer | None = trainer(seeds[0])  # what is wrong is said before anything is written
@@ -160,6 +162,17 @@ def _check_alike(world: World, config: Config, data: Prepared) -> None:
     world.together(refuse)
 
 
+def _checkpoint(resume: str) -> tuple[Path, int] | None:
+    """The folder and step of the checkpoint that is named; None: of none."""
+    if resume in ("auto", "never"):
+        return None
+    path = Path(resume)
+    match = re.fullmatch(r"step-(\d+)", path.name)
+    if match is None:
+        raise UserError(f"--resume {resume}: expected auto, never, or a directory RUN/checkpoints/step-NUMBER")
+    return path.parent, int(match[1])
+
+
 def _start(run: RunDir, tasks: TaskTable, resume: str, console: Console) -> Saved | None:
     """The checkpoint from which to continue; None: there is none."""
     if resume == "never":
@@ -167,7 +180,8 @@ def _start(run: RunDir, tasks: TaskTable, resume: str, console: Console) -> Save
             raise UserError(f"--resume never: {run.path} holds checkpoints; choose another --run_dir, or remove it")
         return None
     run.check_kinds(tasks)
-    if resume == "auto":
+    named = _checkpoint(resume)
+    if named is None:
         start = run.checkpoints.newest()
         if start is None and run.checkpoints.refused:
             raise UserError(
@@ -176,11 +190,8 @@ def _start(run: RunDir, tasks: TaskTable, resume: str, console: Console) -> Save
         for line in run.checkpoints.refused:
             say(console, f"{line}; it is not used")
     else:
-        path = Path(resume)
-        match = re.fullmatch(r"step-(\d+)", path.name)
-        if match is None:
-            raise UserError(f"--resume {resume}: expected auto, never, or a directory RUN/checkpoints/step-NUMBER")
-        start = Checkpoints(path.parent, world=run.world).at(int(match[1]))
+        folder, step = named
+        start = Checkpoints(folder, world=run.world).at(step)
     if start is not None and not start.state:
         raise UserError(
             f"run {run.path}: was made from a file of its model and cannot be continued; train another run with --init_from "
@@ -228,7 +239,7 @@ def evaluate(path: Path, console: Console) -> None:
         parts = ["valid", "test"]
         if one.model().about["best"] is None:
             parts = ["test"]
-            console.print(f"run {one.path}: has only the refitted model, which was trained on the valid part: not scored there")
+            say(console, f"run {one.path}: has only the refitted model, which was trained on the valid part: not scored there")
         for part in parts:
             if part in data.parts:  # a refitted model has seen the valid part: the selected one is scored there
                 model = load_model(one, refitted=part == "test", world=world)
@@ -294,11 +305,11 @@ def load_model(
     return LoadedModel(tasks, features, evaluator)
 
 
-def show_tasks(config: Config, beside: Path, console: Console) -> None:
-    """Print the tasks of a config and what is suspicious, without training."""
+def show_tasks(config: Config, beside: Path, console: Console, every: bool = False) -> None:
+    """Print the tasks of a config (`every`: however many there are) and what is suspicious, without training."""
     source = read_source(config, beside)
     data = prepare(source, config.split.seeds[0])
-    tables.print_tasks(source, data, config, console)
+    tables.print_tasks(source, data, config, console, every)
 
 
 def _save_inputs(run: RunDir, data: Prepared) -> None:

@@ -13,22 +13,30 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from mtrain import runs
-from mtrain.components import first_problem
+from mtrain.balance import BALANCERS
+from mtrain.components import first_problem, signature
 from mtrain.config import Config, load_config, to_yaml
+from mtrain.data.samplers import SAMPLERS
 from mtrain.errors import UserError
+from mtrain.model.trunks import TRUNKS
 from mtrain.report.say import say
 from mtrain.train.evaluate import HIGHER_IS_BETTER
 from mtrain.train.run_dir import RunDir
 
+FIXED = ("data", "split", "select", "run_dir", "tracker")
 STUDY, BEST = "study.db", "best.yaml"
+SHOWN = 5  # of the trials, and the one as configured
+AS_CONFIGURED = "as_configured"  # the attribute of the trial with the config's own settings
+_KNOWN: dict[str, Mapping[str, Any]] = {"model.trunk": TRUNKS, "objective.balancer": BALANCERS, "sampler": SAMPLERS}
 
 
 class Range(BaseModel):
     """What one key of the config may be: `{low: 1.0e-4, high: 1.0e-2, log: true}`, `{choices: [[256], [512, 512]]}`."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
     low: int | float | None = None
     high: int | float | None = None
@@ -51,6 +59,18 @@ class Range(BaseModel):
         whole = isinstance(self.low, int) and isinstance(self.high, int)
         return (trial.suggest_int if whole else trial.suggest_float)(key, self.low, self.high, log=self.log)
 
+    def parameter(self, value: Any) -> Any:
+        """What `suggest` would have chosen, in the form that optuna keeps, to give `value`; None: it never does."""
+        if self.choices:
+            return next((json.dumps(choice) for choice in self.choices if choice == value), None)
+        assert self.low is not None
+        assert self.high is not None
+        if not isinstance(value, int | float) or not self.low <= value <= self.high:
+            return None
+        if isinstance(self.low, int) and isinstance(self.high, int):
+            return int(value) if value == int(value) else None
+        return float(value)
+
 
 def default_space(config: Config) -> dict[str, Range]:
     """Learning rate, weight decay and batch about what the config says; of an MLP also widths and dropout."""
@@ -71,6 +91,23 @@ def default_space(config: Config) -> dict[str, Range]:
     return space
 
 
+def own_value(config: Config, key: str) -> Any:
+    """What a config says of a key, or the class whose option it is where the config leaves it out; None: nothing."""
+    *path, name = key.split(".")
+    owner: Any = None
+    found: Any = config
+    for part in path:
+        owner, found = found, found.get(part) if isinstance(found, dict) else getattr(found, part, None)
+    if not isinstance(found, dict):
+        value = getattr(found, name, None)
+        return value.model_dump(mode="json") if isinstance(value, BaseModel) else value
+    where = ".".join(path[:-1])
+    if name in found or path[-1] != "init_args" or where not in _KNOWN:
+        return found.get(name)
+    option = signature(owner, _KNOWN[where], where).get(name)
+    return None if option is None else option.default
+
+
 def read_space(path: Path) -> dict[str, Range]:
     """The ranges by key of a YAML file.
 
@@ -88,7 +125,10 @@ def read_space(path: Path) -> dict[str, Range]:
         try:
             space[str(key)] = Range.model_validate(value)
         except ValidationError as error:
-            raise UserError(f"--space {path}: {first_problem(error, str(key), Range.model_fields)}") from None
+            problem = first_problem(error, str(key), Range.model_fields).removeprefix(f"{key}: ")
+            raise UserError(f"--space {path}: {key}: {problem}") from None
+        if str(key).split(".")[0] in FIXED:
+            raise UserError(f"--space {path}: {key}: cannot be searched, trials would be scored on other rows or otherwise")
     return space
 
 
@@ -96,15 +136,18 @@ def tune(path: Path, words: Sequence[str], trials: int, console: Console, space_
     """Train a config so many times with options from a space, and write the best one as a config.
 
     A trial's value is the selected metric (`select.metric`, `select.reduce`) of its validation part, of the first split seed;
-    nothing is chosen by a test part. All is kept in the run directory: the same command continues where it was stopped, and
-    more `trials` go on from those that are there.
+    nothing is chosen by a test part. The first trial has the config's own settings, where they lie in the space. All is kept in
+    the run directory: the same command continues where it was stopped, and more `trials` go on from those that are there.
 
     Args:
         words: of the command line, `--section.key value`; they hold for all trials.
 
     Raises:
-        UserError: optuna is missing, the space or the config is wrong, or no trial gave a value.
+        UserError: optuna is missing, the space or the config is wrong, or no trial gave a value. Values from the space that
+            cannot be trained are said, once another trial could.
     """
+    if trials < 1:
+        raise UserError(f"--trials {trials}: expected at least 1")
     optuna = _optuna()
     config = load_config(path, words)
     space = default_space(config) if space_path is None else read_space(space_path)
@@ -113,18 +156,28 @@ def tune(path: Path, words: Sequence[str], trials: int, console: Console, space_
             load_config(path, [*words, *_words({key: value})])
     folder = Path(config.run_dir or Path("runs") / f"{path.stem}-tune")
     study = _study(optuna, folder, config, space)
+    if not study.get_trials(deepcopy=False):
+        _begin_as_configured(study, config, space, console)
     _repeat_unfinished(optuna, study)
     done = len(_complete(optuna, study))
     for _ in range(done, trials):
         trial = study.ask()
         chosen = {key: allowed.suggest(trial, key) for key, allowed in space.items()}
-        value = _train(path, [*words, *_words(chosen)], folder / f"trial-{trial.number:04d}", config)
+        found = ", ".join(f"{key.rpartition('.')[2]} {_short(each)}" for key, each in chosen.items())
+        say(console, f"trial {_number(trial)}: {found}")
         state = optuna.trial.TrialState
+        try:
+            value = _train(path, [*words, *_words(chosen)], folder / f"trial-{trial.number:04d}", config)
+        except UserError as error:
+            study.tell(trial, state=state.FAIL)
+            if not _complete(optuna, study):
+                raise
+            say(console, f"trial {trial.number}: cannot be trained: {error}")
+            continue
         finished = study.tell(trial, value, state=state.COMPLETE if math.isfinite(value) else state.FAIL)
         if finished.state is state.COMPLETE and study.best_trial.number == trial.number:
             _write_best(folder, trial.number, config)
-        found = ", ".join(f"{key.rpartition('.')[2]} {_short(each)}" for key, each in chosen.items())
-        say(console, f"trial {trial.number}: {config.select.metric} {value:.4f} ({found})")
+        say(console, f"trial {trial.number}: {config.select.metric} {value:.4f}")
     _show(study, _complete(optuna, study), config, folder, console)
 
 
@@ -152,13 +205,28 @@ def _study(optuna: Any, folder: Path, config: Config, space: Mapping[str, Range]
         storage=f"sqlite:///{folder / STUDY}",
         study_name="mtrain",
         direction=better,
-        sampler=optuna.samplers.TPESampler(seed=config.train.seed),
         load_if_exists=True,
     )
+    begun = len(study.get_trials(deepcopy=False))  # or a search that goes on would draw again what it began with
+    study.sampler = optuna.samplers.TPESampler(seed=config.train.seed + begun)
     if study.user_attrs.get("space", told) != told:
         raise UserError(f"run_dir {folder}: holds a search over another space; choose another --run_dir, or remove it")
     study.set_user_attr("space", told)
     return study
+
+
+def _begin_as_configured(study: Any, config: Config, space: Mapping[str, Range], console: Console) -> None:
+    """Make the config's own settings the first trial; where they are not in the space, say what is not."""
+    own = {key: allowed.parameter(own_value(config, key)) for key, allowed in space.items()}
+    outside = [f"{key} {_short(own_value(config, key))}" for key, value in own.items() if value is None]
+    if outside:
+        say(console, f"no trial has the config's own settings, which are not in the space: {', '.join(outside)}")
+        return
+    study.enqueue_trial(own, user_attrs={AS_CONFIGURED: True})
+
+
+def _number(trial: Any) -> str:
+    return f"{trial.number}, as configured" if AS_CONFIGURED in trial.user_attrs else str(trial.number)
 
 
 def _repeat_unfinished(optuna: Any, study: Any) -> None:
@@ -167,7 +235,7 @@ def _repeat_unfinished(optuna: Any, study: Any) -> None:
     for trial in study.get_trials(deepcopy=False, states=(state.RUNNING,)):
         study.tell(trial.number, state=state.FAIL)
         if trial.params:
-            study.enqueue_trial(trial.params)
+            study.enqueue_trial(trial.params, user_attrs=trial.user_attrs)
 
 
 def _complete(optuna: Any, study: Any) -> list[Any]:
@@ -207,9 +275,12 @@ def _show(study: Any, complete: Sequence[Any], config: Config, folder: Path, con
     keys = list(ranked[0].params)
     for name in ("trial", f"valid {config.select.metric}, {config.select.reduce}", *(key.rpartition(".")[2] for key in keys)):
         table.add_column(name, justify="right")
-    for trial in ranked[:5]:
-        table.add_row(str(trial.number), f"{trial.value:.4f}", *(_short(trial.params.get(key)) for key in keys))
+    shown = [trial for place, trial in enumerate(ranked) if place < SHOWN or AS_CONFIGURED in trial.user_attrs]
+    for trial in shown:
+        table.add_row(_number(trial), f"{trial.value:.4f}", *(Text(_short(trial.params.get(key))) for key in keys))
     console.print(table)
+    if AS_CONFIGURED in ranked[0].user_attrs:
+        say(console, "no trial is better than the config as it is")
     say(
         console,
         f"the best as a config: mtrain train {folder / BEST} (the best of many trials looks better on the valid part "

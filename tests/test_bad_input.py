@@ -125,8 +125,14 @@ def changed(column, value, row=None):
         ({"freeze": ["trunk", "heads"]}, "nothing is left to train"),
         ({"tasks": {"by_name": {"flag": {"reads": []}}}}, "flag.reads: found []; expected at least one"),
         ({"tasks": {"by_name": {"flag": {"experts": [1, 1]}}}}, "experts: found [1, 1]; expected each once"),
-        ({"tasks": {"by_name": {"flag": {"experts": [True]}}}}, "experts: found [True]; expected another type than true or false"),
-        ({"tasks": {"by_name": {"flag": {"reads": "task:real", "combine": [0.0]}}}}, "combine: found [0.0]; expected weights, not only zeros"),
+        (
+            {"tasks": {"by_name": {"flag": {"experts": [True]}}}},
+            "experts: found [True]; expected another type than true or false",
+        ),
+        (
+            {"tasks": {"by_name": {"flag": {"reads": "task:real", "combine": [0.0]}}}},
+            "combine: found [0.0]; expected weights, not only zeros",
+        ),
         (
             {"tasks": {"by_name": {"flag": {"reads": "task:real", "combine": [1.0], "hidden": [4]}}}},
             "task 'flag' combines the logits of others by weights, and has hidden layers",

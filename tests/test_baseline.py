@@ -1,12 +1,16 @@
+from io import StringIO
+
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
+from rich.console import Console
 from sklearn.linear_model import LogisticRegression, PoissonRegressor, Ridge
 
-from mtrain.baseline import linear
+from mtrain.baseline import command, linear
+from mtrain.baseline import rows as rows_module
 from mtrain.baseline.lbfgs import minimize
 from mtrain.baseline.problem import Problem
 from mtrain.baseline.rows import TaskRows, count
@@ -15,6 +19,7 @@ from mtrain.cli import main
 from mtrain.config import check_config
 from mtrain.data.prepare import prepare, read_source
 from mtrain.model.head_options import head_forms
+from mtrain.report import progress
 from mtrain.report.compare import compare
 from mtrain.train.evaluate import scores_of
 from mtrain.train.run_dir import RunDir
@@ -224,7 +229,7 @@ def test_a_step_of_a_network_is_that_of_a_module_with_adamw(tmp_path):
 
 def test_networks_go_to_their_best_step_and_a_refit_to_the_same(tmp_path):
     problem = problem_of(tmp_path, "routed", split={"refit": True}, train=TRAIN | {"epochs": 8})
-    fitted = fit_single(problem)
+    fitted = fit_single(problem, Console(quiet=True))
     steps = fitted.columns["best_step"]
     per_epoch = -(-problem.parts["train"].num_rows // 32)
     assert (steps % per_epoch == 0).all()
@@ -270,6 +275,58 @@ def test_seeds_of_a_split_are_averaged_and_a_trunk_that_cannot_be_stacked_is_sai
     each = [pq.read_table(f"out/baseline-pooled/split-{seed}/per_task.parquet")["test_skill"].to_numpy() for seed in (0, 1)]
     mean = pq.read_table("out/baseline.parquet")["pooled_test_skill"].to_numpy()
     np.testing.assert_allclose(mean, np.mean(each, 0))
+
+
+def test_what_is_fitted_is_said_and_how_far_it_is(tmp_path, monkeypatch):
+    monkeypatch.setattr(progress, "PLAIN_EVERY_S", 0.0)
+    problem = problem_of(tmp_path, "routed", train=TRAIN | {"epochs": 2}, split={"refit": True})
+    steps = 2 * -(-problem.parts["train"].num_rows // 32)
+    told = StringIO()
+    console = Console(file=told, width=200)
+    linear.fit_linear(problem, console, pooled=False)
+    lines = told.getvalue().splitlines()
+    assert lines[0] == "linear: 4 tasks, all at once, 11 penalties to choose from"
+    assert [line.split("  ")[0] for line in lines[1:]] == [f"linear: fit {n} of 13" for n in range(1, 14)]
+    told.truncate(0)
+    monkeypatch.setattr(rows_module, "BUDGET", 1.0)
+    fit_single(problem, console)
+    first, *lines = told.getvalue().lstrip("\0").splitlines()
+    assert first == f"single: 4 networks, in 4 chunks, each for at most 2 epochs ({steps} steps), then again on train + valid"
+    assert lines[0].startswith(f"single: step 1 of at most {8 * steps}  chunk 1 of 4, 1 networks  ")
+    done = [int(line.split()[2]) for line in lines]
+    assert done == sorted(done)
+    assert done[-1] <= 8 * steps
+    assert steps in done
+    assert 7 * steps - 1 in done  # the last chunk's first training
+
+
+@pytest.fixture
+def fitted(tmp_path, monkeypatch):
+    """The config of a run that has baselines and is not trained, in the working directory."""
+    monkeypatch.chdir(tmp_path)
+    pq.write_table(routed_table(), "table.parquet")
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump(tree("routed", model={"trunk": {"class_path": "Conv"}})))
+    assert mtrain("baseline", "c.yaml", "--run_dir", "run") == 0
+
+
+def test_a_baseline_is_refused_where_a_model_is_needed(fitted, capsys):
+    for words in (
+        ("predict", "run", "run/baseline-linear", "table.parquet", "-o", "out.csv"),
+        ("eval", "run/baseline-linear"),
+        ("calibrate", "run/baseline-linear"),
+        ("export", "run/baseline-linear", "-o", "out"),
+        ("consolidate", "run/baseline-linear", "-o", "out.safetensors"),
+    ):
+        capsys.readouterr()
+        assert mtrain(*words) == 2
+        assert capsys.readouterr().err.startswith("mtrain: run run/baseline-linear: is a baseline, which keeps no model")
+
+
+def test_other_processes_are_quiet(tmp_path, fitted, capsys, monkeypatch):
+    monkeypatch.setattr(command, "processes", lambda console: (None, Console(quiet=True)))
+    capsys.readouterr()
+    assert mtrain("baseline", "c.yaml", "--run_dir", "run") == 0
+    assert capsys.readouterr().out == ""
 
 
 def test_what_is_wrong_is_said_in_a_line(tmp_path, capsys, monkeypatch):

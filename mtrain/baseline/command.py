@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from mtrain.data.prepare import Prepared, prepare, read_source
 from mtrain.errors import UserError, nearest
 from mtrain.model.metrics import METRICS
 from mtrain.report.say import say
+from mtrain.runs import processes
 from mtrain.train.evaluate import HIGHER_IS_BETTER, Scores, predictions, scores_of
 from mtrain.train.loop import peak_memory_mb
 from mtrain.train.run_dir import RunDir, average_summaries
@@ -44,6 +45,7 @@ def baseline(config: Config, beside: Path, run_path: Path, output: Path | None, 
     Raises:
         UserError: what is wrong with the config or its data; the inputs do not fit in memory; the run is of another split.
     """
+    _, console = processes(console)
     folder = output or run_path
     config = config.model_copy(update={"run_dir": None})
     source = read_source(config, beside)
@@ -61,7 +63,9 @@ def baseline(config: Config, beside: Path, run_path: Path, output: Path | None, 
         problem = Problem.of(config.of_split(seed), data)
         if not problem.scored:
             raise UserError("baseline: the split has neither a valid nor a test part to score; add one to split.parts")
-        for name, fit in _baselines(problem, console if seed == seeds[0] else Console(quiet=True)):
+        if (reason := why_not(config)) and seed == seeds[0]:
+            say(console, f"single: no networks of single tasks: {reason}")
+        for name, fit in _baselines(problem, console):
             run = RunDir(folder / f"baseline-{name}")
             run.start(config)
             one = run if len(seeds) == 1 else RunDir(run.path / f"split-{seed}")
@@ -78,6 +82,22 @@ def baseline(config: Config, beside: Path, run_path: Path, output: Path | None, 
     return frame
 
 
+def refuse_baselines(paths: Sequence[Path]) -> None:
+    """Refuse runs that `baseline` wrote, which keep scores and predictions but no model.
+
+    Raises:
+        UserError: one of the paths is such a run.
+    """
+    for path in paths:
+        if not (run := RunDir(path)).is_run:
+            continue
+        one = run.splits()[0].path
+        if (one / "per_task.parquet").is_file() and not (one / "features.json").is_file():
+            raise UserError(
+                f"run {path}: is a baseline, which keeps no model: it is for mtrain report only; name a trained run"
+            )
+
+
 def _check_metric(config: Config, data: Prepared) -> None:
     families = {task.kind.family for task in data.tasks}
     known = ["skill", "deviance", *(name for family in families for name in METRICS[family])]
@@ -90,12 +110,10 @@ def _check_metric(config: Config, data: Prepared) -> None:
 def _baselines(problem: Problem, console: Console) -> Iterator[tuple[str, Callable[[], Fitted]]]:
     """Name and fit of each."""
     yield "constant", partial(_constant, problem)
-    yield "pooled", partial(fit_linear, problem, pooled=True)
-    yield "linear", partial(fit_linear, problem, pooled=False)
-    if reason := why_not(problem.config):
-        say(console, f"single: no networks of single tasks: {reason}")
-    else:
-        yield "single", partial(fit_single, problem)
+    yield "pooled", partial(fit_linear, problem, console, pooled=True)
+    yield "linear", partial(fit_linear, problem, console, pooled=False)
+    if not why_not(problem.config):
+        yield "single", partial(fit_single, problem, console)
 
 
 def _constant(problem: Problem) -> Fitted:

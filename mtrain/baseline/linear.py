@@ -12,12 +12,15 @@ from collections.abc import Callable, Iterator
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from rich.console import Console
 from torch import Tensor
 
 from mtrain.baseline.lbfgs import minimize
 from mtrain.baseline.problem import Fitted, Problem
-from mtrain.baseline.rows import Floats, Ints, TaskRows, chunks, constant_logits, count, kind_params, task_groups
+from mtrain.baseline.rows import Floats, Ints, TaskRows, chunks, constant_logits, count, in_chunks, kind_params, task_groups
 from mtrain.model.kinds import Kind, Params, Regression
+from mtrain.report.progress import ShownProgress
+from mtrain.report.say import say
 from mtrain.tasks import TaskTable
 from mtrain.train.evaluate import SKILL_FLOOR, scores_of
 
@@ -30,8 +33,8 @@ Solver = Callable[[Tensor], tuple[Tensor, Tensor]]
 """From a penalty for each task `[A]` to weights `[A, O, F]` (`[1, O, F]`: the same for all tasks) and biases `[A, O]`."""
 
 
-def fit_linear(problem: Problem, pooled: bool) -> Fitted:
-    """Linear models, with penalties chosen by the skill on the validation part.
+def fit_linear(problem: Problem, console: Console, pooled: bool) -> Fitted:
+    """Linear models, with penalties chosen by the skill on the validation part. Says what it does, and how far it is.
 
     Args:
         pooled: one model for all tasks: where rows belong to tasks (or to pairs) one weight for all of a kind, with a bias for
@@ -41,28 +44,36 @@ def fit_linear(problem: Problem, pooled: bool) -> Fitted:
     tasks, rows = problem.tasks, problem.rows
     shared = pooled and problem.config.data.layout != "grid"
     skill_TL = np.full((len(tasks), len(PENALTIES)), np.nan)
-    blocks = list(_blocks(problem, shared))
-    if "valid" in rows:
-        for kind, own in blocks:
-            solve = _solver(problem, "train", kind, own, shared)
-            some_tasks, some_rows = tasks.take(own), rows["valid"].take(own)
-            for number, penalty in enumerate(PENALTIES):
-                logits_PO = logits_of(problem.x_NF, some_rows, *solve(torch.full((len(own),), penalty, dtype=torch.float64)))
-                skill_TL[own, number] = _skill(some_tasks, some_rows, logits_PO)
-    alone_T = np.zeros(len(tasks), dtype=bool)
-    if "valid" in rows and not pooled:
-        alone_T = rows["valid"].count_T.numpy() >= ALONE
-    chosen_T = _choose(skill_TL, [own for _, own in blocks] if shared else [np.arange(len(tasks))], alone_T)
+    blocks, learnt = list(_blocks(problem, shared)), sources(problem)
+    name, penalties = "pooled" if pooled else "linear", len(PENALTIES) if "valid" in rows else 0
+    say(console, f"{name}: {len(tasks)} tasks, {in_chunks(len(blocks))}, {penalties} penalties to choose from")
+    fits, done = len(blocks) * (penalties + len(learnt)), 0
     logits = {part: torch.zeros(len(rows[part].y_P), int(tasks.num_outputs_T.max())) for part in problem.scored}
     parameters = 0
-    for kind, own in blocks:
-        penalty_A = torch.from_numpy(PENALTIES[chosen_T[own]])
-        for source, parts in sources(problem).items():
-            weight, bias_AO = _solver(problem, source, kind, own, shared)(penalty_A)
-            for part in parts:
-                found_PO = logits_of(problem.x_NF, rows[part].take(own), weight, bias_AO)
-                logits[part][rows[part].at(own), : found_PO.shape[1]] = found_PO
-        parameters += weight.numel() + bias_AO.numel()
+    with ShownProgress(console, name, 0, fits, "fit {:,} of {:,}") as progress:
+        if "valid" in rows:
+            for kind, own in blocks:
+                solve = _solver(problem, "train", kind, own, shared)
+                some_tasks, some_rows = tasks.take(own), rows["valid"].take(own)
+                for number, penalty in enumerate(PENALTIES):
+                    logits_PO = logits_of(
+                        problem.x_NF, some_rows, *solve(torch.full((len(own),), penalty, dtype=torch.float64))
+                    )
+                    skill_TL[own, number] = _skill(some_tasks, some_rows, logits_PO)
+                    progress.show(done := done + 1)
+        alone_T = np.zeros(len(tasks), dtype=bool)
+        if "valid" in rows and not pooled:
+            alone_T = rows["valid"].count_T.numpy() >= ALONE
+        chosen_T = _choose(skill_TL, [own for _, own in blocks] if shared else [np.arange(len(tasks))], alone_T)
+        for kind, own in blocks:
+            penalty_A = torch.from_numpy(PENALTIES[chosen_T[own]])
+            for source, parts in learnt.items():
+                weight, bias_AO = _solver(problem, source, kind, own, shared)(penalty_A)
+                for part in parts:
+                    found_PO = logits_of(problem.x_NF, rows[part].take(own), weight, bias_AO)
+                    logits[part][rows[part].at(own), : found_PO.shape[1]] = found_PO
+                progress.show(done := done + 1)
+            parameters += weight.numel() + bias_AO.numel()
     return Fitted(logits, {"penalty": PENALTIES[chosen_T]}, parameters)
 
 

@@ -105,6 +105,10 @@ def chunks(rows: TaskRows, task_A: Ints, bytes_per_label: float, bytes_per_task:
         left = left[size:]
 
 
+def in_chunks(count: int) -> str:
+    return "all at once" if count == 1 else f"in {count} chunks"
+
+
 def constant_logits(tasks: TaskTable) -> Tensor:
     """Of each task's best constant predictor, `[T, O]`; 0 for a task without training labels."""
     constant_TO = np.zeros((len(tasks), int(tasks.num_outputs_T.max())), dtype=np.float32)

@@ -5,16 +5,18 @@ alone gives."""
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from rich.console import Console
 from torch import Tensor, nn
 
 from mtrain.baseline.linear import sources
 from mtrain.baseline.problem import Fitted, Problem
-from mtrain.baseline.rows import Floats, Ints, TaskRows, chunks, constant_logits, count, kind_params
+from mtrain.baseline.rows import Floats, Ints, TaskRows, chunks, constant_logits, count, in_chunks, kind_params
 from mtrain.config import Config
 from mtrain.data.order import name_key, shuffled
 from mtrain.model.dropout import row_keys
@@ -24,6 +26,8 @@ from mtrain.model.head_options import head_forms
 from mtrain.model.heads import stable_hash
 from mtrain.model.kinds import Kind
 from mtrain.model.trunks import MLP, build_shared
+from mtrain.report.progress import ShownProgress
+from mtrain.report.say import say
 from mtrain.train.evaluate import EVAL_ROWS, HIGHER_IS_BETTER, scores_of
 from mtrain.train.loop import lr_factor, training_steps
 from mtrain.train.optim import clip_per_head
@@ -64,12 +68,13 @@ def why_not(config: Config) -> str | None:
     return None
 
 
-def fit_single(problem: Problem) -> Fitted:
+def fit_single(problem: Problem, console: Console) -> Fitted:
     """Networks of single tasks, each at its best evaluation by the selected metric (skill where it has no value for a task) on
     the validation part; at the last where there is none.
 
     All take as many steps as the config's run, with its learning rate, on batches of their own rows: such that rows are seen as
-    often as in the run, but at least `LEAST_ROWS` a step. Where the run is refitted these are too, to their best step.
+    often as in the run, but at least `LEAST_ROWS` a step. Where the run is refitted these are too, to their best step. Says
+    what it does, and how far it is.
     """
     tasks, rows = problem.tasks, problem.rows
     logits = {part: torch.zeros(len(rows[part].y_P), int(tasks.num_outputs_T.max())) for part in problem.scored}
@@ -78,6 +83,7 @@ def fit_single(problem: Problem) -> Fitted:
     groups: dict[tuple[Kind, tuple[int, ...]], list[int]] = {}
     for t, task in enumerate(tasks):
         groups.setdefault((task.kind, forms[t].widths(task.num_outputs)), []).append(t)
+    plan: list[tuple[Kind, Ints]] = []
     for (kind, _), in_group in groups.items():
         own = np.array(in_group)
         outputs = tasks[in_group[0]].num_outputs
@@ -85,17 +91,38 @@ def fit_single(problem: Problem) -> Fitted:
         size = sum(p.numel() for p in one.parameters())
         parameters += size * len(own)
         step = 16.0 * problem.config.train.global_batch * (problem.x_NF.shape[1] + one.shared.out_features)
-        for some in chunks(rows["final"], own, 0.0, 24.0 * size + step):
+        plan += [(kind, some) for some in chunks(rows["final"], own, 0.0, 24.0 * size + step)]
+    learnt, per_epoch = sources(problem), steps_per_epoch(problem)
+    steps = training_steps(problem.config.train, per_epoch)
+    most = f"at most {steps / per_epoch:,.4g} epochs ({steps:,} steps)"
+    refitted = ", then again on train + valid" if "final" in learnt else ""
+    say(console, f"single: {len(tasks)} networks, {in_chunks(len(plan))}, each for {most}{refitted}")
+    with ShownProgress(console, "single", 0, len(plan) * len(learnt) * steps, "step {:,} of at most {:,}") as progress:
+
+        def shown(before: int, note: str, step: int) -> None:
+            progress.show(before + step, note)
+
+        for c, (kind, some) in enumerate(plan):
             chunk = Chunk(problem, kind, some, [forms[t] for t in some])
             valid = rows["valid"].take(some) if "valid" in rows else None
-            for source, parts in sources(problem).items():
+            for number, (source, parts) in enumerate(learnt.items()):
+                before, note = (c * len(learnt) + number) * steps, f"chunk {c + 1} of {len(plan)}, {len(some)} networks"
                 best_step_T[some] = chunk.train(
-                    rows[source].take(some), valid, best_step_T[some] if source == "final" else None
+                    rows[source].take(some),
+                    valid,
+                    best_step_T[some] if source == "final" else None,
+                    partial(shown, before, note),
                 )
                 for part in parts:
                     found_PO = chunk.logits(rows[part].take(some))
                     logits[part][rows[part].at(some), : found_PO.shape[1]] = found_PO
     return Fitted(logits, {"best_step": best_step_T}, parameters)
+
+
+def steps_per_epoch(problem: Problem) -> int:
+    """Of the config's run."""
+    num_rows = problem.parts["train"].num_rows
+    return -(-num_rows // min(problem.config.train.global_batch, num_rows))
 
 
 class Chunk:
@@ -119,14 +146,16 @@ class Chunk:
                 stacked.get_parameter("head/bias").copy_(constant_logits(self.tasks))
         return stacked
 
-    def train(self, rows: TaskRows, valid: TaskRows | None, stop_A: Ints | None) -> Ints:
-        """Train new networks and keep each as it was at its best evaluation, or at step `stop_A`; gives these steps."""
+    def train(
+        self, rows: TaskRows, valid: TaskRows | None, stop_A: Ints | None, shown: Callable[[int], None] = lambda step: None
+    ) -> Ints:
+        """Train new networks and keep each as it was at its best evaluation, or at step `stop_A`; gives these steps. `shown` is
+        called with the number of steps that are done."""
         train, patience = self.config.train, self.config.select.patience or math.inf
         self.model = self._build()
         optimizer, shared, head = self._optimizer()
         lrs = [group["lr"] for group in optimizer.param_groups]
-        num_rows = self.problem.parts["train"].num_rows
-        per_epoch = -(-num_rows // min(train.global_batch, num_rows))
+        per_epoch = steps_per_epoch(self.problem)
         total, every = training_steps(train, per_epoch), max(1, round(train.eval_every * per_epoch))
         count_A = rows.count_T.numpy()
         size_A = np.minimum(count_A, np.maximum(-(-count_A // per_epoch), LEAST_ROWS))
@@ -145,6 +174,7 @@ class Chunk:
                         p.grad = grad
             optimizer.step()
             now = step + 1
+            shown(now)
             if stop_A is not None:
                 if now in stops:
                     self._keep(best, stop_A == now)

@@ -39,22 +39,24 @@ nothing.
   mtrain eval runs/assays""",
     "predict": """\
 Rows keep the table's order. A column for each task has its value in original units, the probability of 1, or the name of
-the likeliest class, with each class's probability in `task=class`. Routed: each row's own task is in
-`prediction`. Rows whose inputs cannot be used get no prediction. Rows are read and written some at a time, so that a table
-may be larger than memory.
+the likeliest class, with each class's probability in `task=class`. Routed: each row's own task is in `prediction`, with
+--own-task alone. --keep carries columns of the table over, after its key and task. Rows whose inputs cannot be used get no
+prediction. Rows are read and written some at a time, so that a table may be larger than memory.
 
   mtrain predict runs/assays new.csv -o new.parquet
+  mtrain predict runs/assays new.csv -o joined.csv --keep id "date*"
   mtrain predict runs/a runs/b runs/c new.csv -o mean.csv          the mean of several runs""",
     "tune": """\
-Each trial is a training; its value is the selected metric of the validation part, the test part is not looked at. Trials
-and best.yaml, the best one as a config, are in runs/<name of the config>-tune or --run_dir. The same command goes on where
-it was stopped, or with a larger --trials further.
+Each trial is a training, the first one with the config as it is; its value is the selected metric of the validation part,
+the test part is not looked at. Trials and best.yaml, the best one as a config, are in runs/<name of the config>-tune or
+--run_dir. The same command goes on where it was stopped, or with a larger --trials further.
 
   mtrain tune assays.yaml --trials 30
   mtrain train runs/assays-tune/best.yaml""",
     "calibrate": """\
 Each task's probabilities are scaled and shifted as its validation part asks (Platt), small tasks nearly as the pool of all
-tasks. The result is kept in the run directory.
+tasks. It is kept in the run directory for the binary tasks, and for the multiclass ones, whose log loss on the validation
+part it lowers, cross-validated over rows; where it lowers neither, a calibration that was there is removed.
 
   mtrain calibrate runs/assays""",
     "export": """\

@@ -5,7 +5,9 @@ from __future__ import annotations
 import base64
 import html
 import json
+import math
 import os
+import re
 from collections.abc import Callable, Iterable, Sequence
 from importlib.resources import files
 from pathlib import Path
@@ -28,6 +30,8 @@ from mtrain.train.run_dir import RunDir
 POINTS = 300  # of a curve
 SPARKS = 40  # of a task's curve in the table
 CELLS = 400  # of a heat map's side: beyond, a cell is the mean over several tasks
+USUAL = {"binary": "roc_auc", "multiclass": "accuracy", "regression": "r2"}  # of a family of kinds
+TITLES = {"roc_auc": "ROC-AUC", "r2": "R²"}
 QUANTILES = {"p10": 0.1, "p25": 0.25, "p50": 0.5, "p75": 0.75, "p90": 0.9}
 
 
@@ -107,6 +111,14 @@ def run_data(run: RunDir, name: str, part: str, resamples: int) -> dict[str, Any
             # all labels give the value, the predictions that were kept the interval
             low_T, high_T = (bound + value_T - found[m].value_T for bound in found[m].interval())
             columns |= {f"{m}_low": low_T, f"{m}_high": high_T}
+    usual = {task.kind.name: USUAL[task.kind.family] for task in run.tasks()}
+    if set(usual.values()) - set(metrics):
+        empty = np.full(len(names), np.nan)  # no task of a family may be scored
+        columns["usual"] = [table.get(f"{part}_{usual[kind]}", empty)[t] for t, kind in enumerate(table["kind"])]
+    if f"{part}_mae" in table and "mae" not in metrics:
+        columns["mae"] = table[f"{part}_mae"]
+    notes = list(dict.fromkeys(_flat(summary.get("notes", []))))
+    of_tasks = [note for note in notes if re.match(r"\d+ (of \d+ )?tasks ", note)]
     return {
         "name": name,
         "path": str(run.path),
@@ -114,12 +126,14 @@ def run_data(run: RunDir, name: str, part: str, resamples: int) -> dict[str, Any
         "metric": metric if metric in metrics else "skill",
         "higher": {m: HIGHER_IS_BETTER[m] for m in metrics},
         "metrics": metrics,
+        "usual": {kind: TITLES.get(m, m) for kind, m in usual.items()},
         "splits": len(splits),
         "headline": _headline(summary, part, metric, reduce, found),
         "facts": _facts(summary, config, len(splits)),
-        "notes": list(dict.fromkeys(_flat(summary.get("notes", [])))),
+        "notes": of_tasks,
+        "data_notes": _merged([note for note in notes if note not in of_tasks]),
         "warnings": warnings,
-        "tasks": {key: values if isinstance(values, list) else _short(values) for key, values in columns.items()}
+        "tasks": {key: values if key in ("task", "kind") else _short(values) for key, values in columns.items()}
         | _of_history(history, names, metric, reduce),
         "history": _quantiles(history),
         "curve": _curve(splits),
@@ -189,23 +203,39 @@ def _headline(
     lines: list[dict[str, str | None]] = []
     for m in dict.fromkeys([metric, "skill"]):
         row = summary[part].get(m, {})
-        for how in dict.fromkeys([reduce, "median", "mean", "worst_decile"]) if m == metric else ["median"]:
-            if (value := row.get(how)) is None:
-                continue
+        shown = dict.fromkeys([reduce, "median", "mean", "worst_decile"]) if m == metric else ["median"]
+        values = {how: row[how] for how in shown if row.get(how) is not None}
+        number = _digits(values.values())
+        for how, value in values.items():
             note = None
             if how in reductions and m in found and np.isfinite(found[m].value_T).any():
                 scored = np.isfinite(found[m].value_T)
                 one = reductions[how]
                 draws_N = one(bounded(m, found[m].value_TN[scored]), axis=0)
                 shift = value - one(bounded(m, found[m].value_T[scored]))
-                note = "{:.4g} to {:.4g}".format(*(bound + shift for bound in interval(draws_N)))
+                note = " to ".join(number.format(bound + shift) for bound in interval(draws_N))
             elif (sd := row.get("sd", {}).get(how)) is not None:
-                note = f"± {sd:.2g} over splits"
+                note = f"± {number.format(sd)} over splits"
             label = {"worst_decile": "worst tenth's mean"}.get(how, how)
-            lines.append({"label": f"{label} {part} {m}", "value": f"{value:.4g}", "note": note})
+            lines.append({"label": f"{label} {part} {m}", "value": number.format(value), "note": note})
     lines.append({"label": "tasks", "value": f"{summary['tasks']:,}", "note": f"{summary[part]['skill']['scored']:g} scored"})
     lines.append({"label": "training", "value": _time(summary["seconds"]), "note": None})
     return lines
+
+
+def _digits(values: Iterable[float]) -> str:
+    """How all of some numbers are written: the largest with four digits, the others with as many decimals."""
+    largest = max((abs(value) for value in values), default=0.0)
+    return f"{{:,.{max(0, 3 - math.floor(math.log10(largest or 1)))}f}}"
+
+
+def _merged(notes: Iterable[str]) -> list[str]:
+    """Notes that begin alike, up to a colon, as one."""
+    rest: dict[str, list[str]] = {}
+    for note in notes:
+        head, _, own = note.partition(": ")
+        rest.setdefault(head, []).append(own)
+    return [": ".join(filter(None, (head, "; ".join(own)))) for head, own in rest.items()]
 
 
 def _facts(summary: dict[str, Any], config: Any, splits: int) -> list[list[str]]:

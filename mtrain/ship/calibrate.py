@@ -5,10 +5,15 @@ al. 2017, arXiv:1706.04599, section 4.2), `softmax(log p / temperature)`. Slope 
 ranking of rows stays. All tasks together give the pooled parameters; each task's own ones minimise its log loss on its
 validation rows plus that of `strength` rows like those of the pool, in its second order at the pooled parameters. So a task
 with few rows has about the pooled ones.
+
+Whether that helps is asked of the validation part alone: its rows are dealt into five folds, all labels of a row into one, and
+each fold is calibrated as the other four say. Binary tasks, or multiclass ones, are calibrated where that lowers the log loss
+over all their labels.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -21,6 +26,7 @@ from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
 
+from mtrain.data.order import mix
 from mtrain.errors import UserError
 from mtrain.model.metrics import METRICS, Floats, Ints, Scored, ScoreOptions
 from mtrain.report.say import say
@@ -28,14 +34,20 @@ from mtrain.tasks import TaskTable
 from mtrain.train.run_dir import RunDir
 
 FILE = "calibration.json"
+LEAST_STRENGTH = 1e-3
 STRENGTH = 100.0  # rows
+FOLDS = 5
 SMALLEST, LARGEST = 1e-30, 1 - 2**-24  # of a float32 probability whose log-odds are taken
 PARAMETERS = ("slope", "intercept", "temperature")
+_PARTS = {"cross_validated": f"valid, by {FOLDS} folds", "test": "test"}
 _STEPS, _CLOSE = 100, 1e-8
 _RIDGE = 1e-6  # curvature of a row of the pool where all its rows are certain
 
 # Parameters [T, D] to each task's log loss [T], its gradient [T, D] and its expected second derivative [T, D, D].
 Loss = Callable[[Floats], tuple[Floats, Floats, NDArray[np.float64]]]
+
+# Log loss and calibration error of each task before and after, [T], and of all labels together at the end, [T + 1].
+Effect = dict[str, Floats]
 
 
 @dataclass(frozen=True)
@@ -44,7 +56,8 @@ class Calibration:
 
     Attributes:
         selected_step: of the model that it was fitted for.
-        about: what else the file says: strength, pooled parameters, and the effect on the test part.
+        about: what else the file says: strength, pooled parameters, and the effect by family, cross-validated on the validation
+            part and on the test part.
     """
 
     tasks: list[str]
@@ -75,6 +88,11 @@ class Calibration:
         with np.errstate(divide="ignore"):
             return _softmax(np.log(p_PK) / self.temperature[task_P, None])
 
+    def applied(self, scored: Scored) -> Scored:
+        """The same labels with calibrated probabilities."""
+        change = self.multiclass if scored.pred.ndim == 2 else self.binary
+        return replace(scored, pred=change(scored.pred, scored.task_P))
+
     def save(self, run: RunDir) -> None:
         parameters = {name: getattr(self, name).tolist() for name in PARAMETERS}
         run.save_json(FILE, {"selected_step": self.selected_step, "task": self.tasks, **parameters, **self.about})
@@ -98,14 +116,19 @@ class Calibration:
         return Calibration(tasks, **{name: np.array(found.pop(name)) for name in PARAMETERS}, selected_step=step, about=found)
 
 
-def calibrate(path: Path, console: Console, strength: float = STRENGTH) -> None:
-    """Fit the calibration of a run (of each of its split seeds), keep it there, and show what it does to the test part.
+def calibrate(path: Path, console: Console, strength: float = STRENGTH, force: bool = False) -> None:
+    """Fit the calibration of a run (of each of its split seeds) and show what it does to the validation part, cross-validated,
+    and to the test part. It is kept for the families of tasks, binary and multiclass, whose cross-validated log loss over all
+    labels is lower with it; where there is none, the run has no calibration afterwards, also where it had one.
+
+    Args:
+        force: keep it for all families.
 
     Raises:
         UserError: the run keeps no predictions of its validation part, or has no tasks with probabilities.
     """
-    if strength <= 0:
-        raise UserError(f"--strength {strength:g}: expected a number of rows above 0")
+    if not LEAST_STRENGTH <= strength < math.inf:
+        raise UserError(f"--strength {strength:g}: expected a number of rows, at least {LEAST_STRENGTH:g}")
     for run in RunDir(path).splits():
         tasks = run.tasks()
         valid = _scored(run, "valid", tasks)
@@ -117,12 +140,52 @@ def calibrate(path: Path, console: Console, strength: float = STRENGTH) -> None:
         if not valid:
             raise UserError(f"run {run.path}: has no binary or multiclass tasks, so there are no probabilities to calibrate")
         fitted = fit(tasks.names, valid, strength)
-        test = _scored(run, "test", tasks)
-        effect = {} if test is None else {family: _effect(fitted, scored) for family, scored in test.items()}
-        about = fitted.about | {"test": {f: {n: _plain(v) for n, v in of.items()} for f, of in effect.items()}}
+        parts: dict[str, dict[str, Effect]] = {
+            "cross_validated": {family: _effect(scored, cross_validated(scored, strength)) for family, scored in valid.items()}
+        }
+        if (test := _scored(run, "test", tasks)) is not None:
+            parts["test"] = {family: _effect(scored, fitted.applied(scored)) for family, scored in test.items()}
+        _show(valid, fitted, parts, console)
+        kept = [family for family, of in parts["cross_validated"].items() if force or _lowers(of)]
+        if left := [family for family in valid if family not in kept]:
+            say(
+                console,
+                f"not kept for {' and '.join(left)} tasks: the cross-validated log loss over all labels of the valid part is "
+                "not lower with it; --force keeps it",
+            )
+        if not kept:
+            earlier = "; the calibration that it had is removed" if (run.path / FILE).is_file() else ""
+            (run.path / FILE).unlink(missing_ok=True)
+            say(console, f"run {run.path}: predict and export use the model's own probabilities{earlier}")
+            continue
+        of_kept = fit(tasks.names, {family: valid[family] for family in kept}, strength)
+        about = {
+            part: {f: {name: _plain(value) for name, value in of.items()} for f, of in by_family.items() if f in kept}
+            for part, by_family in parts.items()
+        }
         step = run.load_json("summary.json")["selected_step"]
-        Calibration(fitted.tasks, fitted.slope, fitted.intercept, fitted.temperature, step, about).save(run)
-        _show(run, valid, fitted, effect, console)
+        replace(of_kept, selected_step=step, about=of_kept.about | about).save(run)
+        say(console, f"kept for {' and '.join(kept)} tasks in {run.path / FILE}: predict and export use it")
+
+
+def cross_validated(scored: Scored, strength: float) -> Scored:
+    """The same labels, with probabilities from calibration that has not seen their rows: each of `FOLDS` folds of rows by the
+    fit of the others. Tasks with a prediction that is not finite are absent."""
+    scored = scored.sound()
+    assert scored.row_P is not None
+    rows, place_P = np.unique(scored.row_P, return_inverse=True)
+    fold_R = np.empty(len(rows), dtype=np.int64)
+    fold_R[np.argsort(mix(rows.astype(np.uint64)))] = np.arange(len(rows)) % FOLDS
+    fold_P, pred = fold_R[place_P], scored.pred.copy()
+    family = "multiclass" if pred.ndim == 2 else "binary"
+    names = [str(t) for t in range(scored.num_tasks)]
+    for fold in range(FOLDS):
+        held, rest = (
+            Scored(scored.task_P[at], scored.y_P[at], scored.pred[at], scored.num_tasks)
+            for at in (fold_P == fold, fold_P != fold)
+        )
+        pred[fold_P == fold] = fit(names, {family: rest}, strength).applied(held).pred
+    return replace(scored, pred=pred)
 
 
 def fit(tasks: Sequence[str], valid: dict[str, Scored], strength: float) -> Calibration:
@@ -259,14 +322,16 @@ def _scored(run: RunDir, part: str, tasks: TaskTable) -> dict[str, Scored] | Non
             pred = np.zeros((len(rows), int(sizes_P.max())))
             pred[np.arange(pred.shape[1]) < sizes_P[:, None]] = lists.flatten().to_numpy()
         label_P = table["label"].to_numpy()[rows].astype(np.float64)
-        found[family] = Scored(task_P[rows], label_P, pred, len(tasks))
+        found[family] = Scored(task_P[rows], label_P, pred, len(tasks), table["row"].to_numpy()[rows])
     return found
 
 
-def _effect(fitted: Calibration, scored: Scored) -> dict[str, Floats]:
-    """Log loss and calibration error of each task before and after, `[T]`, and of all labels together at the end, `[T + 1]`."""
-    change = fitted.multiclass if scored.pred.ndim == 2 else fitted.binary
-    after = Scored(scored.task_P, scored.y_P, change(scored.pred, scored.task_P), scored.num_tasks)
+def _lowers(of: Effect) -> bool:
+    return bool(of["log_loss_after"][-1] < of["log_loss_before"][-1])
+
+
+def _effect(scored: Scored, after: Scored) -> Effect:
+    scored, after = scored.sound(), after.sound()
     ece = METRICS["multiclass" if scored.pred.ndim == 2 else "binary"]["ece"]
     found = {}
     for when, which in (("before", scored), ("after", after)):
@@ -278,28 +343,28 @@ def _effect(fitted: Calibration, scored: Scored) -> dict[str, Floats]:
     return found
 
 
-def _show(
-    run: RunDir, valid: dict[str, Scored], fitted: Calibration, effect: dict[str, dict[str, Floats]], console: Console
-) -> None:
+def _show(valid: dict[str, Scored], fitted: Calibration, parts: dict[str, dict[str, Effect]], console: Console) -> None:
     pool = ", ".join(f"{name} {value:.3f}" for name, value in sorted(fitted.about["pool"].items(), reverse=True))
     counts = ", ".join(f"{int((s.count_T > 0).sum())} {family} tasks, {len(s.y_P)} labels" for family, s in valid.items())
     say(
         console,
         f"calibrated on the valid part ({counts}); pooled: {pool}; pulled to the pool by {fitted.about['strength']:g} rows",
     )
-    if not effect:
-        say(console, "the run keeps no predictions of a test part: the effect is not shown")
-    for family, of in effect.items():
-        table = Table(title=f"test, {family}", title_justify="left", box=None, pad_edge=False)
+    for family in valid:
+        table = Table(title=family, title_justify="left", box=None, pad_edge=False)
         for i, name in enumerate(("", "pooled before", "after", "mean of tasks before", "after", "tasks better", "worse")):
             table.add_column(name, justify="right" if i else "left")
-        for metric, text in (("log_loss", "log loss"), ("ece", "calibration error")):
-            before, after = of[f"{metric}_before"], of[f"{metric}_after"]
-            better, worse = (int((sign * (before - after)[:-1] > 1e-6).sum()) for sign in (1, -1))
-            means = [f"{value:.4f}" for value in (before[-1], after[-1], np.nanmean(before[:-1]), np.nanmean(after[:-1]))]
-            table.add_row(text, *means, str(better), str(worse))
+        for part, by_family in parts.items():
+            if (of := by_family.get(family)) is None:
+                continue
+            for metric, text in (("log_loss", "log loss"), ("ece", "calibration error")):
+                before, after = of[f"{metric}_before"], of[f"{metric}_after"]
+                better, worse = (int((sign * (before - after)[:-1] > 1e-6).sum()) for sign in (1, -1))
+                means = [f"{value:.4f}" for value in (before[-1], after[-1], np.nanmean(before[:-1]), np.nanmean(after[:-1]))]
+                table.add_row(f"{_PARTS[part]}: {text}", *means, str(better), str(worse))
         console.print(table)
-    say(console, f"kept in {run.path / FILE}: predict and export use it")
+    if "test" not in parts:
+        say(console, "the run keeps no predictions of a test part: the effect on it is not shown")
 
 
 def _plain(values: Floats) -> list[float | None]:

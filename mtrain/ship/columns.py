@@ -10,6 +10,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
+OWN = "prediction"  # the column of each row's own task
+
 
 @dataclass(frozen=True)
 class Output:
@@ -51,13 +53,15 @@ def to_columns(outputs: Sequence[Output], value_NV: NDArray[np.float64]) -> dict
     return columns
 
 
-def to_table(outputs: Sequence[Output], value_NV: NDArray[np.float64], kept: pa.Table, task: str | None) -> pa.Table:
+def to_table(
+    outputs: Sequence[Output], value_NV: NDArray[np.float64], kept: pa.Table, task: str | None, own_task: bool = False
+) -> pa.Table:
     """What is written for some rows: columns of the input that are kept; where `task`, the column that says each row's task, is
-    one of them, `prediction` with the number for it; and the columns of all tasks."""
+    one of them, `prediction` with the number for it; and, unless `own_task`, the columns of all tasks."""
     columns = {name: kept[name] for name in kept.column_names}
     if task in columns:
-        columns["prediction"] = _own_value(outputs, value_NV, columns[task])
-    return pa.table(columns | to_columns(outputs, value_NV))
+        columns[OWN] = _own_value(outputs, value_NV, columns[task])
+    return pa.table(columns if own_task else columns | to_columns(outputs, value_NV))
 
 
 def _own_value(outputs: Sequence[Output], value_NV: NDArray[np.float64], task_N: pa.ChunkedArray) -> pa.Array:

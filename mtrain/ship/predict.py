@@ -24,10 +24,11 @@ from mtrain.data.inputs import located
 from mtrain.data.labels import task_names
 from mtrain.data.sources import local_files, open_data
 from mtrain.data.tables import Table
-from mtrain.errors import UserError, nearest, some
+from mtrain.errors import UserError, matches, nearest, some
+from mtrain.report.say import say
 from mtrain.runs import load_model, processes
 from mtrain.ship.calibrate import Calibration
-from mtrain.ship.columns import Output, to_table, value_names
+from mtrain.ship.columns import OWN, Output, to_table, value_names
 from mtrain.ship.values import Values
 from mtrain.train.run_dir import RunDir
 
@@ -48,11 +49,14 @@ class RunPredictor:
         calibrated: how many of the `models` have a calibration.
 
     Raises:
-        UserError: a directory is not a finished run, or the tasks of the runs differ.
+        UserError: a directory is not a finished run or is named twice, or the tasks of the runs differ.
     """
 
     def __init__(self, paths: Sequence[Path], calibrated: bool = True, all_tasks: bool = False):
         splits = [one for path in paths for one in RunDir(path).splits()]
+        there = [one.path.resolve() for one in splits]
+        if twice := next((one for i, one in enumerate(splits) if there[i] in there[:i]), None):
+            raise UserError(f"run {twice.path}: is named twice, the mean would count it twice; name each run once")
         self.config: Config = splits[0].config()
         self.models, self.values = [], []
         for run in splits:
@@ -123,7 +127,14 @@ def _as_each_task(values: Values, x_NF: torch.Tensor) -> NDArray[np.float64]:
 
 
 def predict(
-    paths: Sequence[Path], data_path: str, output: Path, console: Console, calibrated: bool = True, all_tasks: bool = False
+    paths: Sequence[Path],
+    data_path: str,
+    output: Path,
+    console: Console,
+    calibrated: bool = True,
+    all_tasks: bool = False,
+    keep: Sequence[str] = (),
+    own_task: bool = False,
 ) -> None:
     """Predict every task for every row of a table, and write a column for each number; see `to_columns`.
 
@@ -133,20 +144,32 @@ def predict(
     Args:
         all_tasks: rows stand for no task: a trunk that reads each row's task reads every task in turn, and the task column
             may name tasks that the runs have not.
+        keep: names or patterns of columns of the table that are written too, after its key and task.
+        own_task: write the number for each row's own task, and not those for all tasks.
 
     Raises:
-        UserError: the output cannot be written, a column is missing or cannot be used, or a row names another task.
+        UserError: the output cannot be written, a column is missing or cannot be used, has the name of a task's, or a row names
+            another task.
     """
     world, console = processes(console)
     if output.suffix not in (".parquet", ".csv"):
         raise UserError(f"--output {output}: expected a name that ends in .parquet or .csv")
+    if not output.absolute().parent.is_dir():
+        raise UserError(f"--output {output}: no folder {output.parent}; make it first")
+    if output.exists() and Path(data_path).exists() and output.samefile(data_path):
+        raise UserError(f"--output {output}: is the table that is read; choose another name")
     runs = RunPredictor(paths, calibrated, all_tasks)
     data = runs.config.data
+    if all_tasks and data.layout == "grid":
+        raise UserError("--all-tasks: rows of a grid name no task, all are predicted anyway; leave it out")
     table = _open(runs.config, data_path, runs.rows)
     for name in runs.columns:
         if name not in table.column_names:
             raise UserError(f"no column '{name}' in {data_path}{nearest(name, table.column_names)}")
     kept = [name for name in (data.key, data.task) if name is not None and name in table.column_names]
+    if own_task:
+        _check_own_task(runs, kept, data_path)
+    kept = list(dict.fromkeys([*kept, *_kept(keep, runs, table, data_path, own_task)]))
     unusable = 0
     with table_writer(output) as write:
         for first, rows in _read(table, list(dict.fromkeys([*kept, *runs.columns])), runs.rows):
@@ -154,12 +177,39 @@ def predict(
             begin, end = edges[world.rank : world.rank + 2].tolist()
             own = partial(_predict, runs, table, first + begin, rows.slice(begin, end - begin))
             shares = world.gather_to_first(world.together(own))
-            unusable += world.together(partial(_append, write, runs, rows.select(kept), shares))
+            unusable += world.together(partial(_append, write, runs, rows.select(kept), shares, own_task))
     if unusable:
-        console.print(f"{unusable} of {len(table)} rows have inputs that cannot be used: no prediction")
+        say(console, f"{unusable} of {len(table)} rows have inputs that cannot be used: no prediction")
     of = f", mean of {len(runs.models)} models" if len(runs.models) > 1 else ""
-    how = ", calibrated (--no-calibration leaves that off)" if runs.calibrated else ""
-    console.print(f"{len(table)} rows, {len(runs.outputs)} tasks{of}{how}: {output}", highlight=False, soft_wrap=True)
+    part = f"{runs.calibrated} of them " if runs.calibrated < len(runs.models) else ""
+    how = f", {part}calibrated (--no-calibration leaves that off)" if runs.calibrated else ""
+    say(console, f"{len(table)} rows, {len(runs.outputs)} tasks{of}{how}: {output}")
+
+
+def _kept(keep: Sequence[str], runs: RunPredictor, table: Table, data_path: str, own_task: bool) -> list[str]:
+    """The columns that `keep` names, in the order of the table."""
+    for pattern in keep:
+        if not any(matches(name, pattern) for name in table.column_names):
+            raise UserError(f"--keep {pattern}: no such column in {data_path}{nearest(pattern, table.column_names)}")
+    found = [name for name in table.column_names if any(matches(name, pattern) for pattern in keep)]
+    taken = {OWN} if runs.config.data.task in table.column_names else set()
+    if not own_task:
+        taken.update(name for output in runs.outputs for name in (output.task, *output.values))
+    if clash := next((name for name in found if name in taken), None):
+        raise UserError(
+            f"--keep: column '{clash}' of {data_path} has the name of a column of predictions; rename it, or leave it out of "
+            "--keep"
+        )
+    return found
+
+
+def _check_own_task(runs: RunPredictor, kept: Sequence[str], data_path: str) -> None:
+    """Refuse to write only what there is not."""
+    if runs.config.data.task not in kept:
+        column = "" if runs.config.data.task is None else f" (column '{runs.config.data.task}')"
+        raise UserError(f"--own-task: rows of {data_path} do not say their task{column}; leave --own-task out")
+    if classes := next((output.task for output in runs.outputs if output.classes), None):
+        raise UserError(f"--own-task: task '{classes}' has classes, whose probabilities are columns of its own; leave it out")
 
 
 def _predict(runs: RunPredictor, table: Table, first: int, rows: pa.Table) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
@@ -191,13 +241,14 @@ def _append(
     runs: RunPredictor,
     kept: pa.Table,
     shares: Sequence[tuple[NDArray[np.float64], NDArray[np.bool_]]] | None,
+    own_task: bool,
 ) -> int:
-    """Write some rows: the columns that are kept, the number for each row's own task, and those of all tasks. Returns how many
-    rows have no prediction. `shares` are what the processes predicted, on rank 0."""
+    """Write some rows, see `to_table`. Returns how many rows have no prediction. `shares` are what the processes predicted, on
+    rank 0."""
     if shares is None:
         return 0
     value_NV = np.concatenate([value_NV for value_NV, _ in shares])
-    write(to_table(runs.outputs, value_NV, kept, runs.config.data.task))
+    write(to_table(runs.outputs, value_NV, kept, runs.config.data.task, own_task))
     return sum(int((~valid_N).sum()) for _, valid_N in shares)
 
 
@@ -243,15 +294,28 @@ def table_writer(path: Path) -> Iterator[Callable[[pa.Table], None]]:
     """What appends tables of the same columns to a Parquet or CSV file, which is there when all are written, or not at all.
 
     Raises:
-        UserError: it cannot be written.
+        UserError: it cannot be written, or the type of a column cannot be.
     """
     unfinished = path.with_name(f".{path.name}")
     opened: Any = None
+    schema = pa.schema([])
 
     def write(table: pa.Table) -> None:
-        nonlocal opened
+        nonlocal opened, schema
         if opened is None:
-            opened = (pq.ParquetWriter if path.suffix == ".parquet" else pacsv.CSVWriter)(str(unfinished), table.schema)
+            nested = next((field for field in table.schema if pa.types.is_nested(field.type)), None)
+            if nested is not None and path.suffix == ".csv":
+                raise UserError(
+                    f"--output {path}: column '{nested.name}' holds {nested.type}, which CSV cannot; write .parquet"
+                )
+            schema = table.schema
+            opened = (pq.ParquetWriter if path.suffix == ".parquet" else pacsv.CSVWriter)(str(unfinished), schema)
+        try:
+            table = table.cast(schema)
+        except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
+            raise UserError(
+                f"--output {path}: files have other values in the same column, expected one type: {error}"
+            ) from None
         opened.write_table(table)
 
     @contextmanager

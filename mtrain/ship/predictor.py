@@ -6,12 +6,14 @@ Needs what the features need, and torch or onnxruntime; nothing of the trainer.
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.csv as pacsv
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
@@ -79,6 +81,7 @@ class Predictor:
 
     def predict(self, table: Any) -> Any:
         """A column for each number of each row, as `mtrain predict` writes them; a key that is among the columns comes along.
+        Warns of rows that name a task which the model has not: their `prediction` is missing.
 
         Args:
             table: a data frame of pandas, a table of pyarrow, or the path of a Parquet or CSV file.
@@ -91,9 +94,21 @@ class Predictor:
         """
         rows = _to_arrow(table)
         value_NV = self.values(rows)
+        if self._task in rows.column_names:
+            self._warn_of_tasks(rows[self._task])
         kept = rows.select([name for name in (self._key, self._task) if name in rows.column_names])
         found = to_table(self.outputs, value_NV, kept, self._task)
         return found if isinstance(table, pa.Table | str | Path) else found.to_pandas().set_index(table.index)
+
+    def _warn_of_tasks(self, task_N: pa.ChunkedArray) -> None:
+        known = pa.array([output.task for output in self.outputs], pa.string())
+        unknown = task_N.filter(pc.invert(pc.is_in(task_N.cast(pa.string()), known)))
+        if len(unknown):
+            warnings.warn(
+                f"column '{self._task}': {len(unknown)} of {len(task_N)} rows name no task of the model, the first "
+                f"{unknown[0].as_py()!r}: they have no prediction",
+                stacklevel=3,
+            )
 
     def values(self, rows: pa.Table) -> NDArray[np.float64]:
         """The numbers `[N, V]` of the rows, in the order of `outputs`; NaN where a row cannot be used."""

@@ -22,7 +22,7 @@ QUICK = {
     "grid": "gather", "grid-accumulated": "gather", "pairs": "gather", "owners-accumulated": "owners", "hot-shared": "owners",
     "exchange": "exchange", "few": "owners", "grid-fsdp": "gather", "exchange-accumulated-fsdp": "exchange",
     "grid-gradnorm": "gather", "owners-uncertainty": "owners", "exchange-upgrad": "exchange", "owners-stems": "owners",
-    "grid-fusion": "gather", "grid-forms": "gather", "owners-forms": "owners",
+    "grid-fusion": "gather", "grid-forms": "gather", "owners-forms": "exchange",
 }  # fmt: skip
 SLOW = {
     "grid-refit": "gather", "members": "gather", "owners": "owners", "owners-shared": "owners", "hot": "owners",
@@ -42,6 +42,9 @@ BALANCED = [f"{LAYOUTS[i % 4]}-{method}" for i, method in enumerate(METHODS)] + 
 
 SENSITIVE = ("famo", "db_mtl", "geometric", "pcgrad")
 """They divide by losses, norms or their small differences, and blow up the rounding of later steps."""
+LOOSER = {"owners-cagrad": 3e-5, "owners-nash": 3e-5}
+"""Of losses: in single steps a task whose gradient almost vanishes has a thousand times the weight of others, and its
+rounding too."""
 
 
 def write_tables(folder):
@@ -122,7 +125,7 @@ def check_alike(one, several):
     expected, found = curve(one), curve(several)
     assert expected.keys() == found.keys()
     for key, value in expected.items():
-        tolerance = 1e-5 if key[2] == "loss" else 1e-3
+        tolerance = LOOSER.get(one.name, 1e-5) if key[2] == "loss" else 1e-3
         assert found[key] == pytest.approx(value, rel=tolerance, abs=1e-6), key
     for name in ("history", "predictions-valid", "predictions-test"):
         frames = [pd.read_parquet(run / f"{name}.parquet") for run in (one, several)]

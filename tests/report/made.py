@@ -1,5 +1,7 @@
 """Run directories as training leaves them, made from drawn labels and predictions."""
 
+import itertools
+
 import numpy as np
 import pyarrow as pa
 
@@ -33,7 +35,16 @@ def labels_of(kind, signal, seen):
 
 
 def make_run(
-    path, num_tasks=12, rows=150, seed=0, noise=1.0, split_hash="0123456789ab", names=None, affinity=False, **sections
+    path,
+    num_tasks=12,
+    rows=150,
+    seed=0,
+    noise=1.0,
+    split_hash="0123456789ab",
+    names=None,
+    affinity=False,
+    kinds=KINDS,
+    **sections,
 ):
     """Write a run directory of one split; runs of one `seed` and size have the same rows, labels and
     errors, which are `noise` times as large."""
@@ -45,8 +56,8 @@ def make_run(
     rng = np.random.default_rng(seed)
     tasks = TaskTable(
         tuple(
-            Task(name, KINDS[t % 4], name, tuple("abc") if isinstance(KINDS[t % 4], Multiclass) else ())
-            for t, name in enumerate(names)
+            Task(name, kind, name, tuple("abc") if isinstance(kind, Multiclass) else ())
+            for name, kind in zip(names, itertools.cycle(kinds), strict=False)
         )
     )
     row_P, task_P = np.nonzero(rng.random((rows, num_tasks)) < 0.4)

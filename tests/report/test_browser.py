@@ -1,6 +1,7 @@
 """The report in a real browser."""
 
 import shutil
+from functools import partial
 from itertools import pairwise
 
 import pytest
@@ -30,6 +31,17 @@ def report(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
+def small_report(tmp_path_factory):
+    """Of two runs with 24 tasks."""
+    folder = tmp_path_factory.mktemp("small")
+    paths = [folder / "base", folder / "better"]
+    for path, noise in zip(paths, (1.0, 0.6), strict=True):
+        make_run(path, 24, 60, names=NAMES[:24], noise=noise, affinity=path.name == "base")
+    write_report(paths, folder / "report.html", resamples=20)
+    return folder / "report.html"
+
+
+@pytest.fixture(scope="module")
 def browser():
     with sync.sync_playwright() as play:
         browser = play.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
@@ -38,11 +50,21 @@ def browser():
 
 
 @pytest.fixture
-def open_page(report, browser):
-    """Opens the report; nothing may be said on the console, asked of a network, or alerted."""
+def open_page(report, watched_page):
+    return partial(watched_page, report)
+
+
+@pytest.fixture
+def open_small(small_report, watched_page):
+    return partial(watched_page, small_report)
+
+
+@pytest.fixture
+def watched_page(browser):
+    """Opens a report; nothing may be said on the console, asked of a network, or alerted."""
     pages, wrong = [], []
 
-    def open_page(size=DESKTOP, scheme="light"):
+    def open_page(report, size=DESKTOP, scheme="light"):
         page = browser.new_page(viewport=size, color_scheme=scheme)
         page.set_default_timeout(PATIENCE)
         page.on("console", lambda message: wrong.append(message.text))
@@ -59,14 +81,21 @@ def open_page(report, browser):
     assert wrong == []
 
 
-def show(plot):
-    """Bring a figure into view, and wait until it is drawn."""
-    plot.scroll_into_view_if_needed()
-    plot.locator(".main-svg").first.wait_for()
+def wait_for_figures(page):
+    """Until all are drawn, without scrolling to them."""
+    page.wait_for_function("() => [...document.querySelectorAll('.plot')].every((e) => e.querySelector('.main-svg'))")
 
 
-def column(page, place, number):
-    return page.locator(f"{place} tbody tr > :nth-child({number})").all_inner_texts()
+def column(page, place, label):
+    """What a table shows under that label; None where it shows no such column."""
+    return page.evaluate(
+        """([place, label]) => {
+          const heads = [...document.querySelectorAll(`${place} thead th`)];
+          const at = heads.findIndex((head) => head.checkVisibility() && head.textContent === label);
+          return at < 0 ? null : [...document.querySelectorAll(`${place} tbody tr`)].map((row) => row.children[at].textContent);
+        }""",
+        [place, label],
+    )
 
 
 @pytest.mark.slow
@@ -78,25 +107,25 @@ def test_it_is_small_and_opens_fast(report, browser):
     work.send("Performance.enable", {"timeDomain": "threadTicks"})
     page.goto(report.as_uri(), timeout=PATIENCE)
     spent = {each["name"]: each["value"] for each in work.send("Performance.getMetrics")["metrics"]}
-    assert len(column(page, "#tasks-table", 1)) == 100
+    assert len(column(page, "#tasks-table", "Task")) == 100
     page.close()
     assert 0 < spent["TaskDuration"] < 3
 
 
 def test_tasks_can_be_searched_and_sorted_with_the_keyboard_and_another_run_shown(open_page):
     page = open_page()
-    before, cards = column(page, "#tasks-table", 6), page.locator("#cards").inner_text()
+    before, cards = column(page, "#tasks-table", "Skill"), page.locator("#cards").inner_text()
     search = page.get_by_label("Search tasks").last
     search.fill("assay 000")
-    assert sorted(column(page, "#tasks-table", 1)) == [f"assay {t:04d}" for t in range(10)]
+    assert sorted(column(page, "#tasks-table", "Task")) == [f"assay {t:04d}" for t in range(10)]
     assert page.locator("#tasks-table [role=status]").inner_text().startswith("10 of 1,000 tasks")
     search.fill("<SCRIPT>")
-    assert column(page, "#tasks-table", 1) == [HOSTILE[0]]
+    assert column(page, "#tasks-table", "Task") == [HOSTILE[0]]
     search.fill("no such task")
-    assert column(page, "#tasks-table", 1) == []
+    assert column(page, "#tasks-table", "Task") == []
     search.fill("")
 
-    skills = [float(text.replace(",", "")) for text in column(page, "#tasks-table", 6)]
+    skills = [float(text.replace(",", "")) for text in column(page, "#tasks-table", "Skill")]
     assert skills == sorted(skills)
     assert len(skills) == 100  # the worst
     head = page.locator("#tasks-table th", has_text="Training labels")
@@ -104,41 +133,88 @@ def test_tasks_can_be_searched_and_sorted_with_the_keyboard_and_another_run_show
     page.keyboard.press("Enter")
     assert head.get_attribute("aria-sort") == "descending"
     assert page.locator("#tasks-table th[aria-sort]").count() == 1
-    sizes = [int(text.replace(",", "")) for text in column(page, "#tasks-table", 3)]
+    sizes = [int(text.replace(",", "")) for text in column(page, "#tasks-table", "Training labels")]
     assert sizes == sorted(sizes, reverse=True)
     page.keyboard.press("Enter")
     assert head.get_attribute("aria-sort") == "ascending"
     page.locator("#tasks-table").get_by_role("button", name="Show all 1,000 tasks").click()
-    assert len(column(page, "#tasks-table", 1)) == 1000
+    assert len(column(page, "#tasks-table", "Task")) == 1000
 
     assert page.locator("#affinity .plot").count() == 1
     page.get_by_label("Run", exact=True).select_option("better")
-    assert column(page, "#tasks-table", 6) != before
+    assert column(page, "#tasks-table", "Skill") != before
     assert page.locator("#cards").inner_text() != cards
     assert page.locator("#affinity").is_hidden()
     assert "Run better" in page.locator("#about").inner_text()
     assert "better against base" in page.locator("#sentence").inner_text()
-    assert len(column(page, "#compare-table", 1)) == 100
+    assert len(column(page, "#compare-table", "Task")) == 100
+
+
+def test_the_usual_metric_is_named_and_sorted_by_number(open_small):
+    page = open_small()
+    page.locator("#tasks-table th", has_text="Usual metric").get_by_role("button").click()
+    usual = column(page, "#tasks-table", "Usual metric")
+    values = [float(text.split()[-1]) for text in usual]
+    assert values == sorted(values, reverse=True)
+    assert {text.split()[0] for text in usual} <= {"ROC-AUC", "accuracy", "R²"}
+    kinds = column(page, "#tasks-table", "Kind")
+    names = {"binary": "ROC-AUC", "multiclass": "accuracy", "regression": "R²", "poisson": "R²"}
+    assert all(text.startswith(names[kind]) for kind, text in zip(kinds, usual, strict=True))
+    assert len(set(kinds)) > 1
+
+
+def test_a_column_that_is_the_same_for_all_tasks_is_said_in_a_line(open_small):
+    page = open_small()
+    assert column(page, "#tasks-table", "Expected share") is None
+    assert column(page, "#tasks-table", "Weight") is not None
+    assert page.locator("#tasks-same").inner_text() == "The same for all tasks: expected share 4.17 %."
 
 
 @pytest.mark.slow
-def test_all_figures_are_drawn_and_said_in_words(open_page):
-    page = open_page()
+def test_a_phone_shows_it_without_scrolling_sideways(open_small):
+    page = open_small(PHONE)
+    wait_for_figures(page)
+    assert page.evaluate("document.documentElement.scrollWidth") == PHONE["width"]
+    for table in ("#tasks-table", "#compare-table"):
+        assert page.locator(f"{table} .scroll").evaluate("e => e.scrollWidth === e.clientWidth")
+    for shown in ("Task", "Skill", "Skill, 95 % interval", "Usual metric"):
+        assert len(column(page, "#tasks-table", shown)) == 24
+    for hidden in ("Kind", "Training labels", "Weight", "Best step"):
+        assert column(page, "#tasks-table", hidden) is None
+    assert column(page, "#compare-table", "Verdict") is not None
+
+
+@pytest.mark.slow
+def test_all_figures_are_drawn_without_scrolling_and_said_in_words(open_small):
+    page = open_small()
+    wait_for_figures(page)
     for plot in page.locator(".plot").all():
-        show(plot)
         assert plot.get_attribute("role") == "img"
         assert len(plot.get_attribute("aria-label")) > 40
     assert page.locator(".plot").count() == 8
     assert page.locator(".plot script, .plot img, td img, td b, th b").count() == 0
+    last = page.locator("#speed").bounding_box()
+    assert last["width"] == pytest.approx(page.locator("#affinity").bounding_box()["width"] / 2, abs=20)  # six before affinity
+    page.evaluate("document.getElementById('weights').hidden = true")
+    last = page.locator("#speed").bounding_box()
+    assert last["width"] == page.locator("#affinity").bounding_box()["width"]
 
 
 @pytest.mark.slow
-def test_a_phone_shows_it_without_scrolling_sideways(open_page):
-    page = open_page(PHONE)
-    for plot in page.locator(".plot").all():
-        show(plot)
-    assert page.evaluate("document.documentElement.scrollWidth") == PHONE["width"]
-    assert page.locator("#tasks-table .scroll").evaluate("e => e.scrollWidth > e.clientWidth")
+def test_paper_has_all_figures_dark_on_light_and_of_its_width(open_small):
+    page = open_small(scheme="dark")
+    drawn = """() => [...document.querySelectorAll('.plot')].map((plot) => {
+      const drawing = plot.querySelector('.main-svg');
+      return [drawing && Number(drawing.getAttribute('width')), getComputedStyle(document.body).backgroundColor];
+    })"""
+    page.evaluate("dispatchEvent(new Event('beforeprint'))")
+    figures = page.evaluate(drawn)
+    assert len(figures) == 8
+    assert all(width and 500 < width < 700 for width, _ in figures)
+    assert {color for _, color in figures} == {"rgb(246, 247, 249)"}
+    page.evaluate("dispatchEvent(new Event('afterprint'))")
+    assert page.evaluate(drawn)[-1][0] > 700
+    assert {color for _, color in page.evaluate(drawn)} == {"rgb(18, 22, 29)"}
 
 
 @pytest.mark.slow
@@ -167,7 +243,7 @@ def test_text_stands_out_from_what_is_behind_it(open_page, scheme):
 @pytest.mark.slow
 def test_figures_follow_a_change_to_dark_mode(open_page):
     page = open_page()
-    show(page.locator("#skill-now .plot"))
+    wait_for_figures(page)
     title = page.locator("#skill-now .xtitle")
     before = title.evaluate("e => getComputedStyle(e).fill")
     page.emulate_media(color_scheme="dark")

@@ -10,6 +10,7 @@ import pytest
 from made import HOSTILE, make_run
 
 from mtrain.cli import main
+from mtrain.model.kinds import Regression
 from mtrain.report.html import run_data, write_report
 
 pytest.importorskip("plotly", reason="needs the extra mtrain[report]")
@@ -71,8 +72,61 @@ def test_it_holds_what_the_run_says(report):
     median = next(item for item in data["headline"] if item["label"] == "median test skill")
     low, high = map(float, median["note"].split(" to "))
     assert low < float(median["value"]) < high
-    assert {"a note"} == set(data["notes"])
     assert dict(data["facts"])["Time of training"] == "1 min 15 s"
+
+
+def test_each_task_has_the_metric_that_is_usual_for_its_kind(report):
+    run, data = report[0][0], read(report[1])[0]["runs"][0]
+    table = run.per_task().to_pandas()
+    assert data["usual"] == {"binary": "ROC-AUC", "multiclass": "accuracy", "regression": "R²", "poisson": "R²"}
+    metric = {"ROC-AUC": "test_roc_auc", "accuracy": "test_accuracy", "R²": "test_r2"}
+    expected = [row[metric[data["usual"][row["kind"]]]] for _, row in table.iterrows()]
+    assert data["tasks"]["usual"] == pytest.approx(expected, rel=1e-4)
+    assert [v is None for v in data["tasks"]["mae"]] == table["test_mae"].isna().tolist()
+
+
+def test_a_metric_that_is_shown_is_not_shown_again(tmp_path):
+    run = make_run(tmp_path / "run", kinds=[Regression()], select={"metric": "r2"})
+    data = run_data(run, "run", "test", 5)
+    assert data["metrics"] == ["skill", "r2"]
+    assert "usual" not in data["tasks"]
+
+
+def test_a_family_without_a_label_in_the_part_has_no_usual_metric(tmp_path):
+    run = make_run(tmp_path / "run")
+    table = run.per_task()
+    run.save_table("per_task.parquet", table.drop_columns(["test_roc_auc"]))
+    tasks = run_data(run, "run", "test", 5)["tasks"]
+    assert {kind for kind, value in zip(tasks["kind"], tasks["usual"], strict=True) if value is None} == {"binary"}
+
+
+def test_notes_about_tasks_are_in_the_headline_and_those_about_inputs_with_the_data(tmp_path):
+    run = make_run(tmp_path / "run")
+    notes = ["filled: a (1 of 9)", "filled: b (2 of 9)", "3 of 8 tasks have no splits: x", "1 tasks have no label: y", "odd"]
+    run.save_json("summary.json", run.load_json("summary.json") | {"notes": notes})
+    data = run_data(run, "run", "test", 5)
+    assert data["notes"] == notes[2:4]
+    assert data["data_notes"] == ["filled: a (1 of 9); b (2 of 9)", "odd"]
+
+
+@pytest.mark.parametrize(
+    ("values", "written"),
+    [
+        ((0.28039, 0.091225), ["0.2804", "0.0912"]),
+        ((287684.06, 77.5), ["287,684", "78"]),
+        ((0.0,), ["0.000"]),
+        ((-1.5,), ["-1.500"]),
+    ],
+)
+def test_numbers_of_one_metric_have_the_same_decimals(tmp_path, values, written):
+    run = make_run(tmp_path / "run")
+    summary = run.load_json("summary.json")
+    summary["test"]["skill"] |= {"mean": None, "median": values[0], "worst_decile": values[1] if len(values) > 1 else None}
+    run.save_json("summary.json", summary)
+    headline = run_data(run, "run", "test", 5)["headline"]
+    assert [item["value"] for item in headline if "skill" in item["label"]] == written
+    low, high = (bound.partition(".")[2] for bound in headline[0]["note"].split(" to "))
+    assert len(low) == len(high) == len(written[0].partition(".")[2])
 
 
 def test_affinity_is_in_the_order_of_its_groups(report):

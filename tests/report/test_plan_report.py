@@ -118,5 +118,5 @@ def test_a_config_is_planned_from_its_data(config_path):
 
 
 def test_a_number_of_ranks_that_cannot_be_is_refused(config_path):
-    with pytest.raises(UserError, match="--ranks is 0, expected at least 1"):
+    with pytest.raises(UserError, match="--ranks is 0, expected 1 to 100,000"):
         show_plan(load_config(config_path), config_path.parent, 0, None, Console(file=StringIO()))

@@ -1,13 +1,16 @@
 import json
+import shutil
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from scipy.optimize import minimize, minimize_scalar
 from scipy.special import expit, log_softmax, logit, softmax
 from small_runs import mtrain, predictions, trained
 
 from mtrain.model.metrics import Scored
-from mtrain.ship.calibrate import Calibration, fit, log_loss
+from mtrain.ship.calibrate import FOLDS, Calibration, cross_validated, fit, log_loss
 
 
 def binary(sizes, slope=0.5, intercept=-0.4, seed=0):
@@ -136,6 +139,72 @@ def test_temperatures_minimise_each_tasks_penalised_log_loss():
     np.testing.assert_array_equal(after.argmax(1), pred_PK.argmax(1))
 
 
+def test_a_rows_labels_do_not_calibrate_the_row_itself():
+    rng = np.random.default_rng(0)
+    task_P, row_P = np.repeat(np.arange(4), 50), np.tile(np.arange(100, 150), 4)
+    pred, y_P = rng.random(200), (rng.random(200) < 0.5).astype(float)
+    before = cross_validated(Scored(task_P, y_P, pred, 4, row_P), 10.0)
+    other = cross_validated(Scored(task_P, np.where(row_P == 120, 1 - y_P, y_P), pred, 4, row_P), 10.0)
+    same_P = before.pred == other.pred
+    assert same_P[row_P == 120].all()
+    assert np.unique(row_P[same_P]).size == 50 // FOLDS
+    apart = ~np.isin(row_P, row_P[same_P])
+    rest = Scored(task_P[apart], y_P[apart], pred[apart], 4)
+    expected = fit(names(before), {"binary": rest}, 10.0).binary(pred[same_P], task_P[same_P])
+    np.testing.assert_allclose(before.pred[same_P], expected)
+
+
+def test_fewer_rows_than_folds_are_left_as_they_are_or_calibrated_by_the_others():
+    one = Scored(np.zeros(2, int), np.array([0.0, 1]), np.array([0.3, 0.9]), 1, np.array([7, 7]))
+    np.testing.assert_allclose(cross_validated(one, 10.0).pred, one.pred)
+    none = Scored(np.zeros(2, int), np.array([0.0, 1]), np.array([np.nan, 0.9]), 1, np.array([7, 8]))
+    assert not len(cross_validated(none, 10.0).pred)
+
+
+def predicted(run, sharpness):
+    """Give a run predictions of a validation part: log-odds and logits of each family so many times the right ones."""
+    rng = np.random.default_rng(2)
+    tables = []
+    for task, classes in (("sick", 2), ("risk", 2), ("grade", 3)):
+        logits = rng.normal(size=(400, classes))
+        right = softmax(logits, axis=1)
+        given = softmax(sharpness["binary" if classes == 2 else "multiclass"] * logits, axis=1)
+        label = (rng.random((400, 1)) > right[:, :-1].cumsum(1)).sum(1)
+        lists = pa.array([None] * 400 if classes == 2 else given.tolist(), pa.list_(pa.float64()))
+        columns = {"row": np.arange(400), "task": [task] * 400, "label": label, "prediction": given[:, 1]}
+        tables.append(pa.table(columns | {"probabilities": lists}))
+    pq.write_table(pa.concat_tables(tables), run / "predictions-valid.parquet")
+
+
+def test_calibration_is_kept_for_the_families_that_it_helps_on_rows_it_has_not_seen(folder, tmp_path, capsys):
+    run = shutil.copytree(folder / "run", tmp_path / "run")
+    predicted(run, {"binary": 3.0, "multiclass": 1.0})
+    assert mtrain("calibrate", run) == 0
+    out = capsys.readouterr().out
+    assert "not kept for multiclass tasks: the cross-validated log loss" in out
+    assert "kept for binary tasks in" in out
+    for words in ("valid, by 5 folds: log loss", "test: log loss"):
+        assert out.count(words) == 2  # once for each family
+    found = json.loads((run / "calibration.json").read_text())
+    assert set(found["temperature"]) == {1.0}
+    assert found["slope"][found["task"].index("sick")] < 0.6
+    assert found["cross_validated"].keys() == found["test"].keys() == {"binary"}
+    before, after = (found["cross_validated"]["binary"][f"log_loss_{when}"] for when in ("before", "after"))
+    assert after[-1] < before[-1] - 0.1
+
+    predicted(run, {"binary": 1.0, "multiclass": 1.0})
+    assert mtrain("calibrate", run) == 0
+    out = capsys.readouterr().out
+    assert "not kept for binary and multiclass tasks" in out
+    assert "use the model's own probabilities; the calibration that it had is removed" in out
+    assert not (run / "calibration.json").exists()
+    assert mtrain("calibrate", run) == 0
+    assert "removed" not in capsys.readouterr().out
+    assert mtrain("calibrate", run, "--force") == 0
+    assert "kept for binary and multiclass tasks in" in capsys.readouterr().out
+    assert set(json.loads((run / "calibration.json").read_text())["temperature"]) != {1.0}
+
+
 def test_log_loss_is_that_of_its_definition():
     scored = Scored(np.array([0, 0, 1]), np.array([1.0, 0, 1]), np.array([0.8, 0.3, 0.25]), 3)
     expected = [-(np.log(0.8) + np.log(0.7)) / 2, -np.log(0.25)]
@@ -147,7 +216,7 @@ def test_a_calibrated_run_predicts_with_it_unless_told_not_to(folder, capsys):
     run = trained(folder, "calibrated")
     before = predictions(folder, run, folder / "new.parquet")
     capsys.readouterr()
-    assert mtrain("calibrate", run, "--strength", "20") == 0
+    assert mtrain("calibrate", run, "--strength", "20", "--force") == 0
     out = capsys.readouterr().out
     assert "2 binary tasks" in out
     assert "calibration error" in out
@@ -176,6 +245,7 @@ def test_what_cannot_be_calibrated_is_said(folder, capsys):
         ([run], "no binary or multiclass tasks"),
         ([silent], "keeps no predictions"),
         ([folder / "run", "--strength", "0"], "--strength 0"),
+        ([folder / "run", "--strength", "nan"], "--strength nan: expected a number of rows"),
         ([folder], "holds no config.yaml"),
     ):
         capsys.readouterr()
@@ -188,10 +258,10 @@ def test_what_cannot_be_calibrated_is_said(folder, capsys):
 @pytest.mark.slow
 def test_a_calibration_of_an_earlier_model_is_refused(folder, capsys):
     run = trained(folder, "stale", "--train.epochs", "1")
-    assert mtrain("calibrate", run) == 0
+    assert mtrain("calibrate", run, "--force") == 0
     trained(folder, "stale", "--train.epochs", "3")
     capsys.readouterr()
     assert mtrain("predict", run, folder / "new.parquet", "-o", folder / "no.csv") == 2
     assert "run mtrain calibrate again" in capsys.readouterr().err
-    assert mtrain("calibrate", run) == 0
+    assert mtrain("calibrate", run, "--force") == 0
     predictions(folder, run, folder / "new.parquet")

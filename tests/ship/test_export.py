@@ -2,6 +2,7 @@ import json
 import subprocess
 import sys
 import textwrap
+import warnings
 
 import numpy as np
 import pandas as pd
@@ -105,7 +106,7 @@ def test_the_predictor_needs_neither_the_trainer_nor_its_libraries(folder, expor
 
 def test_some_tasks_with_a_calibration_and_without_onnx(folder):
     run = trained(folder, "shipped")
-    assert mtrain("calibrate", run) == 0
+    assert mtrain("calibrate", run, "--force") == 0
     words = ["--tasks", "ri*", "grade", "--no-onnx"]
     assert mtrain("export", run, "-o", folder / "some", *words) == 0
     expected = predictions(folder, run, folder / "new.parquet")
@@ -181,6 +182,19 @@ def test_a_program_with_other_numbers_is_not_written(folder, capsys, monkeypatch
     assert mtrain("export", folder / "run", "-o", folder / "wrong", "--no-onnx") == 2
     assert "torch gives 'height'" in capsys.readouterr().err
     assert not list(folder.glob("*wrong"))
+
+
+def test_rows_of_tasks_that_the_model_has_not_are_warned_of(monkeypatch):
+    tasks = [{"task": name, "kind": "poisson", "values": [name], "classes": [], "threshold": None} for name in ("1", "2")]
+    predictor = Predictor(None, [], {"tasks": tasks, "key": None, "task": "shop"})
+    monkeypatch.setattr(predictor, "values", lambda rows: np.ones((len(rows), 2)))
+    with pytest.warns(UserWarning, match=r"column 'shop': 2 of 4 rows name no task of the model, the first 3") as found:
+        values = predictor.predict(pa.table({"shop": [1, 3, None, 2]}))
+    assert found[0].filename == __file__
+    assert values["prediction"].to_pylist() == [1.0, None, None, 1.0]
+    with warnings.catch_warnings(action="error"):
+        predictor.predict(pa.table({"shop": [1, 2]}))
+        predictor.predict(pa.table({"other": [3]}))
 
 
 def test_wrong_folders_tables_and_columns_are_said(folder, exported, tmp_path):

@@ -1,3 +1,4 @@
+import shutil
 import subprocess
 import sys
 
@@ -94,6 +95,86 @@ def test_a_rows_own_task_is_null_where_unknown_or_of_classes():
     assert found["prediction"].to_pylist() == [5.0, None, None, None]
     assert found["b"].to_pylist() == ["y", "x", "x", "x"]
     assert found["c"].to_pylist() == [5.0, 6.0, None, 7.0]
+
+
+@pytest.fixture(scope="module")
+def routed(folder):
+    """A run with tasks a and b of a long table, `routed`, and its rows in `long.parquet`."""
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=200)
+    task = rng.choice(["a", "b"], 200)
+    rows = {"x0": x, "task": task, "y": 3 * x, "id": [f"P-{i}" for i in range(200)], "day": rng.integers(31, size=200)}
+    pq.write_table(pa.table(rows | {"parts": [[1.0, 2.0]] * 200, "prediction": x}), folder / "long.parquet")
+    data = {"path": "long.parquet", "layout": "routed", "task": "task", "label": "y", "workers": 1}
+    changes = {"data": data, "inputs": {"x0": "Numeric"}, "tasks": {"kind": "regression"}}
+    return trained(folder, "routed", **changes, train={"epochs": 1, "global_batch": 64})
+
+
+def test_columns_of_the_table_come_along_with_the_predictions_some_at_a_time(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "MOST", 40)
+    monkeypatch.setattr(module, "FEWEST", 1)
+    plain = predictions(folder, folder / "run", folder / "new.parquet")
+    kept = predictions(folder, folder / "run", folder / "new.parquet", "--keep", "x[23]", "colour", "id")
+    new = pq.read_table(folder / "new.parquet")
+    assert kept.column_names[:4] == ["id", "colour", "x2", "x3"]
+    assert kept.select(["id", "colour", "x2", "x3"]).to_pylist() == new.select(["id", "colour", "x2", "x3"]).to_pylist()
+    assert kept.drop_columns(["colour", "x2", "x3"]).equals(plain)
+
+
+def test_each_rows_own_task_alone_is_written_where_asked(folder, routed):
+    every = predictions(folder, routed, folder / "long.parquet")
+    own = predictions(folder, routed, folder / "long.parquet", "--own-task", "--keep", "id", "y")
+    assert sorted(every.column_names) == ["a", "b", "prediction", "task"]
+    assert own.column_names == ["task", "y", "id", "prediction"]
+    expected = np.where(np.array(every["task"]) == "a", every["a"], every["b"])
+    np.testing.assert_array_equal(own["prediction"].to_numpy(), expected)
+
+
+def test_columns_that_cannot_be_kept_and_runs_named_twice_are_said_in_a_line(folder, routed, tmp_path, capsys):
+    table = pq.read_table(folder / "table.parquet")
+    pq.write_table(
+        table.rename_columns(["grade=low" if name == "x0" else name for name in table.column_names]), tmp_path / "t.parquet"
+    )
+    first, second = tmp_path / "parts" / "0.parquet", tmp_path / "parts" / "1.parquet"
+    first.parent.mkdir()
+    long = pq.read_table(folder / "long.parquet")
+    pq.write_table(long, first)
+    pq.write_table(long.set_column(4, "day", pa.array(["first"] * 200)), second)
+    for words, expected in (
+        ([routed, folder / "long.parquet", "--keep", "dya"], "--keep dya: no such column in"),
+        ([routed, folder / "long.parquet", "--keep", "pre*"], "column 'prediction' of"),
+        ([folder / "run", folder / "table.parquet", "--keep", "sick"], "column 'sick' of"),
+        ([folder / "run", tmp_path / "t.parquet", "--keep", "grade=low"], "no column 'x0'"),
+        ([routed, folder / "long.parquet", "--keep", "parts"], "column 'parts' holds list<element: double>, which CSV cannot"),
+        ([routed, first.parent, "--keep", "day"], "expected one type"),
+        ([folder / "run", folder / "table.parquet", "--own-task"], "do not say their task"),
+        ([folder / "run", folder / "run" / ".", folder / "table.parquet"], "is named twice"),
+        ([folder / "run", folder / "table.parquet", "--all-tasks"], "--all-tasks: rows of a grid name no task"),
+    ):
+        capsys.readouterr()
+        assert mtrain("predict", *words, "-o", tmp_path / "no.csv") == 2
+        error = capsys.readouterr().err
+        assert expected in error
+        assert len(error.splitlines()) == 1
+        assert not list(tmp_path.glob("*no.csv"))
+
+
+def test_the_table_that_is_read_is_not_overwritten_and_a_folder_must_be_there(folder, tmp_path, capsys):
+    shutil.copy(folder / "table.parquet", tmp_path / "t.parquet")
+    for output, expected in ((tmp_path / "t.parquet", "is the table that is read"), (tmp_path / "no" / "t.csv", "no folder")):
+        capsys.readouterr()
+        assert mtrain("predict", folder / "run", tmp_path / "t.parquet", "-o", output) == 2
+        assert expected in capsys.readouterr().err
+    assert pq.read_table(tmp_path / "t.parquet").equals(pq.read_table(folder / "table.parquet"))
+    assert list(tmp_path.iterdir()) == [tmp_path / "t.parquet"]
+
+
+def test_how_many_of_several_runs_are_calibrated_is_said(folder, tmp_path, capsys):
+    run = shutil.copytree(folder / "run", tmp_path / "run")
+    assert mtrain("calibrate", run, "--force") == 0
+    capsys.readouterr()
+    predictions(folder, run, folder / "other", folder / "new.parquet")
+    assert "mean of 2 models, 1 of them calibrated" in capsys.readouterr().out
 
 
 PEAK = """

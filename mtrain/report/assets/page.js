@@ -35,7 +35,7 @@
   // ---------------------------------------------------------------------------------------------------- tables
 
   // A table that can be searched by its first column and sorted by each. Columns: {label, value(row) to sort by,
-  // text(row) or cell(row) to show, text: true where it is not a number}.
+  // show(row) or cell(row) to show, text: true where it is not a number, narrow: true where it stays on a narrow screen}.
   class Table {
     constructor(place, caption, columns, count, sortBy, ascending) {
       this.columns = columns;
@@ -52,7 +52,7 @@
       this.heads = columns.map((column, i) => {
         const button = node("button", { type: "button" }, column.label);
         button.addEventListener("click", () => this.sort(i));
-        return node("th", { scope: "col", ...(column.text ? { class: "text" } : {}), ...(column.about ? { title: column.about } : {}) }, button);
+        return node("th", { scope: "col", class: this.classes(column), ...(column.about ? { title: column.about } : {}) }, button);
       });
       const table = node("table", {}, node("caption", { class: "hidden" }, caption), node("thead", {}, node("tr", {}, ...this.heads)), this.body);
       this.more = node("button", { type: "button", class: "more" });
@@ -61,6 +61,10 @@
       const region = node("div", { class: "scroll", role: "region", tabindex: "0", "aria-label": caption }, table);
       place.replaceChildren(tools, region, this.more);
       this.fill();
+    }
+
+    classes(column) {
+      return [column.text ? "text" : "", column.narrow ? "" : "wide-only"].join(" ").trim();
     }
 
     sort(i) {
@@ -87,7 +91,7 @@
         else head.removeAttribute("aria-sort");
       });
       const rows = found.slice(0, this.shown).map((row) => node("tr", {}, ...this.columns.map((column, i) => {
-        const cell = node(i ? "td" : "th", { ...(i ? {} : { scope: "row" }), ...(column.text ? { class: "text" } : {}) });
+        const cell = node(i ? "td" : "th", { ...(i ? {} : { scope: "row" }), class: this.classes(column) });
         cell.append(column.cell ? column.cell(row) : column.show(row));
         return cell;
       })));
@@ -116,7 +120,7 @@
       drawing.append(made);
     };
     const title = `skill ${fixed(first)} to ${fixed(last)} over ${points.length} evaluations`;
-    for (const [name, value] of Object.entries({ class: "spark", width, height, role: "img", "aria-label": title })) drawing.setAttribute(name, value);
+    for (const [name, value] of Object.entries({ class: "spark", width, height, viewBox: `0 0 ${width} ${height}`, role: "img", "aria-label": title })) drawing.setAttribute(name, value);
     draw("line", { x1: 2, x2: width - 4, y1: y(0), y2: y(0) });
     draw("path", { d: "M" + points.map(([i, v]) => `${x(i).toFixed(1)} ${y(v).toFixed(1)}`).join("L") });
     draw("circle", { cx: x(points.at(-1)[0]), cy: y(points.at(-1)[1]), r: 1.8 });
@@ -125,25 +129,32 @@
 
   function taskTable(run) {
     const t = run.tasks;
-    const columns = [
-      { label: "Task", text: true, value: (r) => t.task[r], show: (r) => t.task[r] },
+    const all = [
+      { label: "Task", text: true, narrow: true, value: (r) => t.task[r], show: (r) => t.task[r] },
       { label: "Kind", text: true, value: (r) => t.kind[r], show: (r) => t.kind[r] },
       { label: "Training labels", value: (r) => t.train[r], show: (r) => number(t.train[r]) },
       { label: `${run.part === "test" ? "Test" : "Valid"} labels`, value: (r) => t.scored[r], show: (r) => number(t.scored[r]) },
       { label: "Expected share", value: (r) => t.share[r], show: (r) => percent(t.share[r]), about: "of the objective: sampling x share x weight" },
     ];
     for (const m of run.metrics) {
-      columns.push({ label: m === "skill" ? "Skill" : m, value: (r) => t[m][r], cell: (r) => {
+      all.push({ label: m === "skill" ? "Skill" : m, narrow: true, value: (r) => t[m][r], cell: (r) => {
         const text = fixed(t[m][r]);
         return m === "skill" && t[m][r] < 0 ? node("span", { class: "worse" }, text) : text;
       } });
-      if (t[`${m}_low`]) columns.push({ label: m === "skill" ? "Skill, 95 % interval" : `${m}, 95 % interval`, value: (r) => t[`${m}_low`][r], show: (r) => between(t[`${m}_low`][r], t[`${m}_high`][r]) });
+      if (t[`${m}_low`]) all.push({ label: m === "skill" ? "Skill, 95 % interval" : `${m}, 95 % interval`, narrow: m === "skill", value: (r) => t[`${m}_low`][r], show: (r) => between(t[`${m}_low`][r], t[`${m}_high`][r]) });
     }
-    columns.push(
+    const usual = [...new Set(Object.values(run.usual))];
+    if (t.usual) all.push({ label: usual.length === 1 ? usual[0] : "Usual metric", narrow: true, value: (r) => t.usual[r], show: (r) => (t.usual[r] === null ? "–" : `${usual.length === 1 ? "" : `${run.usual[t.kind[r]]} `}${fixed(t.usual[r])}`), about: "of its kind" });
+    if (t.mae) all.push({ label: "MAE", value: (r) => t.mae[r], show: (r) => number(t.mae[r], 3), about: "mean absolute error, in the labels' units" });
+    all.push(
       { label: "Weight", value: (r) => t.weight[r], show: (r) => number(t.weight[r], 3), about: "of the balancer, at the end" },
       { label: "Best step", value: (r) => t.best[r], show: (r) => number(t.best[r]), about: "of the evaluations while training" },
       { label: "Course of skill", value: (r) => { const c = t.course[r]; return c.length ? (c.at(-1) ?? -999) - (c[0] ?? -999) : null; }, cell: (r) => spark(t.course[r]), about: "on the valid part, from -0.2 to 1; sorted by how far it rose" },
     );
+    const same = all.filter((column) => column.show && !column.narrow && t.task.every((_, r) => column.show(r) === column.show(0)));
+    const told = same.filter((column) => column.show(0) !== "–").map((column) => `${column.label.toLowerCase()} ${column.show(0)}`);
+    $("tasks-same").textContent = told.length ? `The same for all tasks: ${told.join(", ")}.` : "";
+    const columns = all.filter((column) => !same.includes(column));
     const by = columns.findIndex((column) => column.label.toLowerCase() === run.metric.toLowerCase());
     new Table($("tasks-table"), `Tasks of run ${run.name}`, columns, t.task.length, by, run.higher[run.metric]);
   }
@@ -152,13 +163,13 @@
     const t = found.tasks;
     const better = (r) => (t.difference[r] === null || t.difference[r] === 0 ? null : (t.difference[r] > 0) === found.higher);
     const columns = [
-      { label: "Task", text: true, value: (r) => t.task[r], show: (r) => t.task[r] },
+      { label: "Task", text: true, narrow: true, value: (r) => t.task[r], show: (r) => t.task[r] },
       { label: first.name, value: (r) => t.first[r], show: (r) => fixed(t.first[r]) },
       { label: run.name, value: (r) => t.second[r], show: (r) => fixed(t.second[r]) },
-      { label: "Difference", value: (r) => t.difference[r], show: (r) => signed(t.difference[r]) },
-      { label: "95 % interval", value: (r) => t.low[r], show: (r) => between(t.low[r], t.high[r]) },
+      { label: "Difference", narrow: true, value: (r) => t.difference[r], show: (r) => signed(t.difference[r]) },
+      { label: "95 % interval", narrow: true, value: (r) => t.low[r], show: (r) => between(t.low[r], t.high[r]) },
       { label: "False discovery rate", value: (r) => t.q[r], show: (r) => (t.q[r] === null ? "too few rows" : t.q[r] < 0.001 ? "< 0.001" : fixed(t.q[r])) },
-      { label: "Verdict", text: true, value: (r) => (found.clear[r] ? (better(r) ? "clearly better" : "clearly worse") : better(r) === null ? "same" : better(r) ? "better" : "worse"), cell: (r) => {
+      { label: "Verdict", text: true, narrow: true, value: (r) => (found.clear[r] ? (better(r) ? "clearly better" : "clearly worse") : better(r) === null ? "same" : better(r) ? "better" : "worse"), cell: (r) => {
         const word = better(r) === null ? "same" : better(r) ? "better" : "worse";
         return found.clear[r] ? node("span", { class: word }, `clearly ${word}`) : word;
       } },
@@ -181,10 +192,9 @@
   const dark = matchMedia("(prefers-color-scheme: dark)");
   const color = (name) => getComputedStyle(document.documentElement).getPropertyValue(`--${name}`).trim();
   const escaped = (name) => name.replace(/&/g, "&amp;").replace(/</g, "&lt;").replace(/>/g, "&gt;"); // plotly reads tags
-  const figures = new Map(); // id to a function that gives traces and layout, or null while it is not drawn
-  let visible = null;
+  const figures = new Map(); // by id
 
-  // A figure with a title and what it says in words; `make` gives plotly its traces and layout when it comes into view.
+  // A figure with a title and what it says in words; `make` gives plotly its traces and layout when there is time to draw.
   function figure(id, title, words, make, square = false) {
     const place = $(id);
     if (!make) {
@@ -195,7 +205,6 @@
     const plot = node("div", { class: "plot", role: "img", "aria-label": `${title}: ${words}` });
     place.replaceChildren(node("figure", square ? { class: "square" } : {}, node("h3", {}, title), plot, node("figcaption", {}, words)));
     figures.set(id, { plot, make, drawn: false });
-    visible?.observe(plot);
   }
 
   function draw(one) {
@@ -209,20 +218,29 @@
     };
     const all = { ...base, ...layout, xaxis: { ...axis, ...layout.xaxis }, yaxis: { ...axis, ...layout.yaxis } };
     for (const name of ["xaxis", "yaxis"]) if (typeof all[name].title === "string") all[name].title = { text: all[name].title };
-    Plotly.react(one.plot, traces, all, { displayModeBar: false, responsive: true });
+    Plotly.newPlot(one.plot, traces, all, { displayModeBar: false, responsive: true });
   }
 
-  function drawFigures() {
-    visible = new IntersectionObserver((entries) => {
-      for (const entry of entries) {
-        const one = entry.isIntersecting && [...figures.values()].find((each) => each.plot === entry.target);
-        if (one && !one.drawn) draw(one);
-      }
-    }, { rootMargin: "300px" });
-    for (const one of figures.values()) visible.observe(one.plot);
+  function loadPlotly() {
+    if (!window.Plotly) document.body.append(node("script", {}, $("plotly").textContent));
   }
-  const redraw = () => { for (const one of figures.values()) if (one.drawn) draw(one); };
-  dark.addEventListener("change", redraw);
+
+  // One at a time, so that the page stays quick.
+  const idle = window.requestIdleCallback ?? ((then) => setTimeout(then, 50));
+  function drawWhenIdle() {
+    idle(() => {
+      const next = window.Plotly && [...figures.values()].find((one) => !one.drawn);
+      if (!next) return;
+      draw(next);
+      drawWhenIdle();
+    });
+  }
+  dark.addEventListener("change", () => { for (const one of figures.values()) if (one.drawn) draw(one); });
+  for (const [event, printing] of [["beforeprint", true], ["afterprint", false]]) addEventListener(event, () => {
+    document.documentElement.classList.toggle("print", printing); // of a page's width, dark on light
+    loadPlotly();
+    for (const one of figures.values()) draw(one);
+  });
 
   // Two bands and a line: how a number spreads over tasks at each step.
   function fan(spread, step, label, range) {
@@ -262,7 +280,7 @@
     if (!all.length) return figure("skill-now", "Skill of the tasks", "No task could be scored.", null);
     const words = `Skill of ${all.length.toLocaleString("en")} tasks on the ${run.part} part: median ${fixed(quantile(all, 0.5))}, a quarter below ${fixed(quantile(all, 0.25))}, a quarter above ${fixed(quantile(all, 0.75))}; ${useless} no better than a constant (0 or less)${below ? `, ${below} below -1, shown at -1` : ""}.`;
     figure("skill-now", "Skill of the tasks", words, () => ({
-      traces: [{ type: "histogram", x: all.map((v) => Math.max(floor, v)), nbinsx: 40, marker: { color: color("accent"), line: { color: color("panel"), width: 1 } }, hovertemplate: "skill %{x}<br>%{y} tasks<extra></extra>" }],
+      traces: [{ type: "histogram", x: all.map((v) => Math.max(floor, v)), nbinsx: Math.min(40, Math.ceil(Math.sqrt(all.length))), marker: { color: color("accent"), line: { color: color("panel"), width: 1 } }, hovertemplate: "skill %{x}<br>%{y} tasks<extra></extra>" }],
       layout: { xaxis: { title: "skill" }, yaxis: { title: "tasks" }, bargap: 0.02, shapes: [{ type: "line", x0: quantile(all, 0.5), x1: quantile(all, 0.5), yref: "paper", y0: 0, y1: 1, line: { color: color("ink"), width: 1.5, dash: "dot" } }] },
     }));
   }
@@ -388,11 +406,12 @@
     const run = data.runs[index];
     $("about").textContent = `Run ${run.name} (${run.path})${run.splits > 1 ? `, means over ${run.splits} splits` : ""}. Scores are of the ${run.part} part; ranges hold 95 % of what they become when its rows are drawn anew.`;
     pairs($("cards"), run.headline.map((item) => [item.label, item.value, item.note]));
-    $("notes").replaceChildren(...[...run.warnings, ...run.notes].map((text) => node("li", {}, text)));
+    for (const [id, notes] of [["notes", [...run.warnings, ...run.notes]], ["data-notes", run.data_notes]]) $(id).replaceChildren(...notes.map((text) => node("li", {}, text)));
     $("tasks-about").textContent = `Skill is 1 - deviance / deviance of the best constant: 0 is as good as a constant, 1 is perfect.${run.splits > 1 ? ` Means over ${run.splits} splits.` : ""}`;
     $("facts").replaceChildren(...run.facts.map(([label, value]) => node("div", {}, node("dt", {}, label), node("dd", {}, value))));
     taskTable(run);
     for (const show of [skillNow, skillCourse, skillSize, weights, courses, affinity]) show(run);
+    drawWhenIdle();
   }
 
   function showComparison(index) {
@@ -400,6 +419,7 @@
     $("sentence").textContent = `${run.name} against ${first.name}: ${found.sentence}.`;
     compareTable(found, run, first);
     differences(found, run, first);
+    drawWhenIdle();
   }
 
   function choice(id, labels, show) {
@@ -417,7 +437,7 @@
     $("second-choice").hidden = data.comparisons.length < 2;
   }
   addEventListener("load", () => setTimeout(() => { // plotly takes a second to read: tables come first
-    document.body.append(node("script", {}, $("plotly").textContent));
-    drawFigures();
+    loadPlotly();
+    drawWhenIdle();
   }, 50));
 })();
