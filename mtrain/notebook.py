@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -57,8 +57,9 @@ class Run:
         from mtrain.ship.predict import predict
 
         with tempfile.TemporaryDirectory(prefix="mtrain-") as folder, _without_bars():
-            output = Path(folder) / "predictions.parquet"
-            predict([self.path], _as_path(table, Path(folder) / TABLE), output, Console(quiet=True))
+            output, file = Path(folder) / "predictions.parquet", Path(folder).resolve() / TABLE
+            with _as_the_table(str(file)):
+                predict([self.path], _as_path(table, file), output, Console(quiet=True))
             return pd.read_parquet(output)
 
     def report(self, path: str | Path) -> Path:
@@ -110,22 +111,37 @@ def fit(
 
     given = dict(config)
     if inputs is not None:
-        given["inputs"] = [inputs] if isinstance(inputs, str) else inputs
+        given["inputs"] = inputs if isinstance(inputs, dict) else _names(inputs)
     if tasks is not None:
-        given["tasks"] = tasks if isinstance(tasks, dict) else {"labels": tasks}
+        given["tasks"] = tasks if isinstance(tasks, dict) else {"labels": _names(tasks)}
     console = Console(quiet=not show, force_jupyter=False)
     temporary = None if run_dir is not None else tempfile.TemporaryDirectory(prefix="mtrain-", ignore_cleanup_errors=True)
     path = Path(run_dir if run_dir is not None else temporary.name)  # type: ignore[union-attr]
+    was_there = (path / TABLE).exists()
     with _without_bars():
-        given["data"] = {**_section(config, "data"), **_place(table, path)}
-        guess = discover(given)
-        if show:
-            print_findings(guess, console)
+        data = _section(config, "data")
+        if "path" in data or "table" in data:
+            raise UserError("mtrain.fit: data: has a path or table beside the table that was given; leave one of them out")
         try:
-            runs.train(check_config(guess.tree, "mtrain.fit"), Path(), path, console, resume)
+            given["data"] = {**data, **_place(table, path)}
+            with _as_the_table(f"data.path {TABLE}"):
+                guess = discover(given, source="mtrain.fit")
+            if show:
+                print_findings(guess, console)
+            runs.train(check_config(guess.tree, "mtrain.fit"), Path(), path, console, str(resume))
         except Preempted as stop:
             raise KeyboardInterrupt(f"stopped at step {stop.step}") from None
+        except UserError:
+            if not was_there and not RunDir(path).is_run:
+                with suppress(OSError):  # nothing is left of a run that did not begin
+                    (path / TABLE).unlink()
+                    path.rmdir()
+            raise
     return Run(path, temporary)
+
+
+def _names(given: Iterable[str]) -> list[str]:
+    return [given] if isinstance(given, str) else list(given)
 
 
 def _section(config: dict[str, Any], name: str) -> dict[str, Any]:
@@ -147,10 +163,13 @@ def _place(table: AnyTable, path: Path) -> dict[str, str]:
     run = RunDir(path)
     run.check_free()
     file = path / TABLE
-    if run.is_run and not (file.is_file() and pq.read_table(file).equals(arrow)):
-        raise UserError(f"run_dir {path}: holds a run on another table; choose another run_dir, or remove it")
+    if (run.is_run or file.exists()) and not (file.is_file() and pq.read_table(file).equals(arrow)):
+        raise UserError(f"run_dir {path}: holds {'a run on ' * run.is_run}another table; choose another run_dir, or remove it")
     if not run.is_run:
-        path.mkdir(parents=True, exist_ok=True)
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"run_dir {path}: cannot be written: {error.strerror}") from None
         run.save_table(TABLE, arrow)
     return {"path": TABLE, "root": str(path.resolve())}
 
@@ -184,6 +203,15 @@ def _to_arrow(table: Any) -> pa.Table:
     raise UserError(
         f"table: found {type(table).__name__}, expected a pandas DataFrame, pyarrow Table, datasets.Dataset or a path"
     )
+
+
+@contextmanager
+def _as_the_table(file: str) -> Iterator[None]:
+    """Messages do not name the file in which a table from memory lies."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(str(error).replace(file, "the table")) from None
 
 
 @contextmanager

@@ -173,6 +173,8 @@ def test_an_interrupt_is_a_keyboard_interrupt_and_the_same_call_continues(tmp_pa
         (frame(), {"modle": {}}, "modle: unknown option; did you mean 'model'"),
         (frame(), {"data": 3}, "data: found 3, expected a dict"),
         (frame(), {"train": {"epochs": -1}}, "train.epochs"),
+        (frame(), {"train": {"stps": 3}}, "^mtrain.fit: train.stps: unknown option; did you mean 'steps'"),
+        (frame(5), {}, "^the table: has 5 rows"),
         ("nothere.csv", {}, "data.path nothere.csv: no such file"),
     ],
 )
@@ -180,6 +182,31 @@ def test_a_mistake_is_one_line_and_no_exit(table, options, line):
     with pytest.raises(mtrain.UserError, match=line) as error:
         fit(table, **options)
     assert "\n" not in str(error.value)
+
+
+def test_a_mistake_leaves_nothing_in_the_run_directory_and_overwrites_no_table(table, tmp_path):
+    for options in ({"tasks": ["nope"]}, {"tasks": {"y0"}, "train": {"stepz": 2}}, {"tasks": ("y0",), "resume": True}):
+        with pytest.raises(mtrain.UserError):
+            mtrain.fit(table, show=False, run_dir=tmp_path / "run", **options)
+        assert not (tmp_path / "run").exists()
+    own = tmp_path / "own" / "data.parquet"
+    own.parent.mkdir()
+    pd.DataFrame({"a": [1]}).to_parquet(own)
+    with pytest.raises(mtrain.UserError, match="holds another table"):
+        mtrain.fit(table, show=False, run_dir=own.parent)
+    assert pd.read_parquet(own).columns.tolist() == ["a"]
+    (tmp_path / "file").write_text("")
+    with pytest.raises(mtrain.UserError, match="cannot be written"):
+        mtrain.fit(table, show=False, run_dir=tmp_path / "file" / "run")
+    with pytest.raises(mtrain.UserError, match="beside the table that was given"):
+        mtrain.fit(table, show=False, data={"path": "x.csv"})
+
+
+def test_a_table_that_cannot_be_predicted_is_called_the_table(run, table):
+    with pytest.raises(mtrain.UserError, match=r"^no column 'x1' in the table"):
+        run.predict(table.drop(columns="x1"))
+    with pytest.raises(mtrain.UserError, match=r"^column 'x1', the table, row 1: found inf"):
+        run.predict(table.assign(x1=np.inf))
 
 
 def test_a_launcher_with_several_processes_is_refused(monkeypatch):

@@ -2,8 +2,8 @@
 
 The rules look at names, types, missing values and positions, in this order: what a person said; splits, weights and keys by
 name; a task and a label column of a long table by name; labels by name; labels as the numbers beside molecules or lists;
-labels as the block of columns with missing values; as what follows numbered inputs; as the last columns of 0 and 1; as the
-last column.
+labels as the columns that miss far more values than the others, in a block or numbered; as what follows numbered inputs; as
+the last columns of 0 and 1; as the last column. What may be wrong is said in notes.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import re
+import shlex
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -36,6 +37,9 @@ _CELLS = 50_000_000  # of a table that is looked at as a whole
 _SAMPLED_CHUNKS, _SAMPLED_FILES = 8, 20
 _VARIES = 5  # rows: a column in which fewer differ from the rest may be constant in training
 _MISSING = 0.05  # share: labels miss more, inputs less
+_SPARSE = 0.2  # share: numbered columns that miss more, and twice as much as a quarter of the others, are labels
+_ALIKE = 0.75  # of what labels miss: columns beside them that miss more are labels too
+_MANY_VALUES, _ROWS_EACH = 20, 5  # of a category whose values may be tasks
 _NAMED = 8  # columns: more are written as a pattern
 _PER_ENTITY = 1.5  # labels on average: fewer are not pairs
 MOST_STEPS = 50_000
@@ -55,11 +59,13 @@ _INPUT_FAMILIES = {
     "x", "f", "v", "feat", "feature", "features", "input", "in", "var", "attr", "attribute", "pixel", "emb", "embedding",
     "dim", "fp", "bit", "ecfp", "desc", "descriptor", "pc", "pca", "word",
 }  # fmt: skip
+_ANY_FAMILIES = {"c", "col", "column", "field"}  # of inputs and labels alike
 _TASKS = {
     "task", "assay", "target", "endpoint", "dataset", "data_set", "property", "school", "store", "shop", "site", "hospital",
     "clinic", "protein", "kinase", "cell_line", "experiment", "variable",
 }  # fmt: skip
 _GROUPS = {"task", "assay", "school", "store", "shop", "site", "hospital", "clinic"}  # a last column of numbers is their label
+_ROW_NAMES = re.compile(r"(^|_)(id|no|num|ref|sku)(_|$)|(nr|number|nummer|code|key|name|uuid|guid)(_|$)")
 _SHARD = re.compile(r"(part|shard|chunk|batch|data|table|train|test|valid)[-_.]?\d+([-_.]of[-_.]\d+)?")
 
 
@@ -79,6 +85,7 @@ class Guess:
 
     tree: sections of a config; what the person gave stands in it as given.
     why: the reason of a key of the config, `data.layout` for example.
+    notes: what may be wrong, and how to mend it, in a line each.
     """
 
     tree: dict[str, Any]
@@ -86,6 +93,7 @@ class Guess:
     why: dict[str, str]
     rows: int
     tasks: int
+    notes: list[str]
 
 
 @dataclass
@@ -99,6 +107,7 @@ class _Seen:
     findings: list[Finding] = field(default_factory=list)
     roles: dict[str, str] = field(default_factory=dict)
     why: dict[str, str] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
     constant: set[str] = field(default_factory=set)
     wanted: set[str] | None = None
 
@@ -124,19 +133,20 @@ class _Seen:
         return self.columns[data["key"]].distinct if data["layout"] == "pairs" else self.rows
 
 
-def discover(given: dict[str, Any], beside: Path | None = None) -> Guess:
+def discover(given: dict[str, Any], beside: Path | None = None, source: str = "init") -> Guess:
     """A config for the data that `given["data"]["path"]` names.
 
     Args:
         given: parts of a config that are settled; the rest is found. `tasks.labels`, `inputs`, and of `data` layout, key, task
             and label also steer what is found.
         beside: folder of the config, see `open_table`.
+        source: who gave it: begins the message of an unknown or wrong key.
 
     Raises:
         UserError: the data cannot be read, have too few rows, or no input or no label can be found.
     """
     said = given.get("data") or {}
-    settled, wanted = _settled(given), _patterns_of(given.get("inputs"))
+    settled, wanted = _settled(given, source), _patterns_of(given.get("inputs"))
     _check_type(settled.data, beside)
     layout, path = said.get("layout"), settled.data.path
     files = [] if layout is not None else local_files(settled.data, beside).get("train", [])
@@ -157,6 +167,7 @@ def discover(given: dict[str, Any], beside: Path | None = None) -> Guess:
     _put_said(seen, settled, said, layout)
     seen.wanted = _wanted(seen, wanted)
     _put_aside(seen)
+    dates = [c for c in seen.columns.values() if c.form == "date"]
     split = _split(seen)
     if weight := next((c for c in seen.free("number") if c.plain in _WEIGHTS and c.low >= 0 and not c.missing), None):
         seen.put([weight], "weight", "", "its name")
@@ -170,20 +181,27 @@ def discover(given: dict[str, Any], beside: Path | None = None) -> Guess:
         data["key"] = key
     if is_grid:
         seen.why["data.layout"] = "a column for each task"
+        said_labels = bool(seen.of("label"))
         _labels(seen, settled)
+        if not settled.inputs and seen.wanted is None:
+            _doubt_inputs(seen, settled.tasks.labels.exclude, said_labels)
+            if layout is None and not settled.tasks.derived:
+                _propose_tasks(seen)
     specs = _inputs(seen)
     names = _label_names(seen) if is_grid and settled.tasks.labels.include == ["*"] else None
     tasks = {"labels": names} if names else {}
     split = split or _default_split(data["layout"])
     if settled.split.by != split["by"] and "by" in (given.get("split") or {}):
         split = {}  # parts and column belong to another way
+    if dates and split.get("by") in ("random", "within_task"):
+        _propose_time(seen, dates[0])
     tree = {"data": data, "inputs": specs, "tasks": tasks, "split": split}
     tree |= sizes(seen.num_inputs(data), data["layout"], seen.num_tasks(data))
     found = merged(tree, {k: v for k, v in given.items() if k != "inputs" or settled.inputs})
     found["data"]["path"] = path
     if is_grid:
         found["data"].pop("label", None)  # it is among tasks.labels
-    return Guess(found, seen.findings, seen.why, seen.rows, seen.num_tasks(data))
+    return Guess(found, seen.findings, seen.why, seen.rows, seen.num_tasks(data), seen.notes)
 
 
 def sizes(rows: int, layout: str, tasks: int) -> dict[str, Any]:
@@ -230,13 +248,13 @@ def _short(path: Any) -> str:
     return path if isinstance(path, str) else "of several files"
 
 
-def _settled(given: dict[str, Any]) -> Config:
+def _settled(given: dict[str, Any], source: str) -> Config:
     """What a person said, checked."""
     data = {k: v for k, v in (given.get("data") or {}).items() if k not in ("layout", "task", "label", "key", "weight")}
     keep = {k: v for k, v in given.items() if k not in ("data", "sampler")}
     if _patterns_of(given.get("inputs")) is not None:
         del keep["inputs"]
-    return check_config({**keep, "data": {**data, "layout": "grid"}}, "init")
+    return check_config({**keep, "data": {**data, "layout": "grid"}}, source)
 
 
 def _check_type(data: DataConfig, beside: Path | None) -> None:
@@ -359,7 +377,7 @@ def _put_aside(seen: _Seen) -> None:
     unnamed = [c for c in seen.free() if c.name.startswith(UNNAMED) or not c.name.strip()]
     seen.put(unnamed, "left out", "", "no name in the file")
     seen.put(seen.free("empty"), "left out", "", "no values")
-    seen.put(seen.free("date"), "left out", "", "dates; they can be split.column of split.by: time")
+    seen.put(seen.free("date"), "left out", "", "dates, which no feature reads")
     seen.put(seen.free("other"), "left out", "", "a type for which there is no feature")
     still = [c for c in seen.free("number", "category") if c.usual == len(seen.values)]
     seen.put(still, "left out", "", "the same value in all rows")
@@ -505,17 +523,40 @@ def _entity(seen: _Seen, task: str, said: str | None) -> tuple[str, float] | Non
 
 def _keys(seen: _Seen, said: str | None) -> str | None:
     """The column that says which rows are one thing: molecules, or an id; other ids are put aside."""
-    ids = [c for c in seen.free() if c.is_id and c.name not in (seen.wanted or ())]
+    usable = [c for c in seen.free() if c.name not in (seen.wanted or ())]
+    named = [c for c in usable if c.is_id]
+    unique = [c for c in usable if c not in named and _names_rows(seen, c)]
     molecules = seen.free("smiles")
-    whole = [c for c in ids if not c.missing]
+    whole = [c for c in named if not c.missing]
     repeated = [c for c in whole if c.distinct < len(seen.values)]
-    key = said or next((c.name for c in [*molecules, *repeated, *whole] if not c.missing), None)
-    chosen = [c for c in seen.free() if c.name == key and c.form != "smiles"]
-    seen.put(
-        chosen, "key", "", "its name; rows with one value stay in one part" if key != said else "its inputs repeat with it"
-    )
-    seen.put([c for c in ids if c.name != key], "left out", "", "an id, by its name")
+    key = said or next((c.name for c in [*molecules, *repeated, *whole, *unique] if not c.missing), None)
+    for column in [c for c in seen.free() if c.name == key and c.form != "smiles"]:
+        why = "its name; rows with one value stay in one part"
+        if key == said:
+            why = "its inputs repeat with it"
+        elif column not in repeated:
+            why = "another value in each row; predictions keep it"
+        seen.put([column], "key", "", why)
+    seen.put([c for c in named if c.name != key], "left out", "", "an id, by its name")
+    seen.put([c for c in unique if c.name != key], "left out", "", "an id: another value in each row")
     return key
+
+
+def _names_rows(seen: _Seen, column: Column) -> bool:
+    """Whether it has another value in each row, and the name or the place of an id: the first column, of single words or of
+    the numbers of the rows."""
+    if column.distinct < len(seen.values) or len(seen.values) < seen.rows:
+        return False
+    named = bool(_ROW_NAMES.search(column.plain))
+    first = column is seen.free()[0]
+    if column.form in ("category", "text"):
+        text = seen.values[column.name].cast(pa.string())
+        return named or (first and pc.all(pc.match_substring_regex(text, r"^\s*\S{1,64}\s*$")).as_py())
+    if column.form != "number" or not column.whole or len(seen.free()) < 3:
+        return False
+    counts = column.low in (0, 1) and column.high - column.low == len(seen.values) - 1
+    last = column.name == list(seen.columns)[-1]
+    return (named and not last) or (first and counts and column.family not in _INPUT_FAMILIES)
 
 
 def _labels(seen: _Seen, settled: Config) -> None:
@@ -528,12 +569,13 @@ def _labels(seen: _Seen, settled: Config) -> None:
     usable = [c for c in usable if c.name not in (seen.wanted or ())]
     numbers = [c for c in usable if c.form == "number"]
     by_name = [c for c in usable if c.plain in _LABELS or c.family in _LABEL_FAMILIES]
+    sparse = _with_gaps(usable)
     structured = "molecules" if seen.free("smiles") else "lists" if seen.free("list") else ""
     rules = [
         (usable if named else [], "not one of the inputs that you named"),
         (by_name, "its name"),
         (numbers if structured else [], f"numbers beside {structured}"),
-        (_with_gaps(numbers), f"a block of columns with more than {_MISSING:.0%} missing; no other has so many"),
+        (sparse, "far more missing values than the others, in a block or in numbered columns"),
         (_beside_inputs(usable), "beside columns with names of inputs"),
         (_last_binary(usable), "the last columns, only 0 and 1; no other is so"),
         (usable[-1:], "the last column"),
@@ -542,17 +584,80 @@ def _labels(seen: _Seen, settled: Config) -> None:
     for columns, why in rules:
         if columns and (len(columns) < left or named):
             seen.put(columns, "label", "", why)
+            if columns is sparse and usable[-1] not in columns and not _block(usable):
+                last = usable[-1].name
+                seen.notes.append(f"the last column, {last}, is an input; if it is the label: --labels {shlex.quote(last)}")
             return
     raise UserError(
         f"no column can be a label beside inputs: {_told(seen)}; name the labels with --labels, and the others become inputs"
     )
 
 
-def _with_gaps(numbers: list[Column]) -> list[Column]:
-    """The columns with missing values, where they are one block at the end or the beginning."""
+def _with_gaps(columns: list[Column]) -> list[Column]:
+    """Numbers with missing values, where they are one block at the end or the beginning; numbered columns that miss far more
+    than the others; and columns beside those that miss as much."""
+    if not columns:
+        return []
+    block, numbered = _block(columns), _sparse_families(columns)
+    if numbered:
+        block = [c for c in block if c.missing >= _far_more(columns)]
+    groups = [group for group in (block, *numbered) if group]
+    found = {c.name for group in groups for c in group}
+    if not found:
+        return []
+    chosen = [c.name in found for c in columns]
+    least = max(_MISSING, _ALIKE * min(map(_missing, groups)))
+    alike = [c.missing >= least and c.family not in _INPUT_FAMILIES for c in columns]
+    first, last = chosen.index(True), len(columns) - chosen[::-1].index(True)
+    while first > 0 and alike[first - 1]:
+        first -= 1
+    while last < len(columns) and alike[last]:
+        last += 1
+    return [c for i, c in enumerate(columns) if chosen[i] or (first <= i < last and alike[i])]
+
+
+def _block(columns: list[Column]) -> list[Column]:
+    """The numbers with missing values, where they are one block at the end or the beginning of all numbers."""
+    numbers = [c for c in columns if c.form == "number"]
     gaps = [i for i, c in enumerate(numbers) if c.missing >= _MISSING]
     block = len(gaps) > 1 and gaps[-1] - gaps[0] + 1 == len(gaps) < len(numbers)
     return [numbers[i] for i in gaps] if block and (gaps[0] == 0 or gaps[-1] == len(numbers) - 1) else []
+
+
+def _sparse_families(columns: list[Column]) -> list[list[Column]]:
+    """Three or more columns with one name but for a number, that miss far more values than the others."""
+    least = _far_more(columns)
+    families = [family for family in _families(columns) if len(family) > 2 and _is_numbered(family[0])]
+    return [family for family in families if _missing(family) >= least]
+
+
+def _far_more(columns: list[Column]) -> float:
+    """The least share of missing values that is far more than what others miss, each family counted once."""
+    return max(_SPARSE, 2 * float(np.quantile([_missing(family) for family in _families(columns)], 0.25, method="lower")))
+
+
+def _missing(columns: list[Column]) -> float:
+    return float(np.median([column.missing for column in columns]))
+
+
+def _families(columns: list[Column]) -> list[list[Column]]:
+    """Columns with one name but for a number."""
+    found: dict[str, list[Column]] = defaultdict(list)
+    for column in columns:
+        found[_unnumbered(column)].append(column)
+    return list(found.values())
+
+
+def _unnumbered(column: Column) -> str:
+    """Its name without its numbers: `crack # [yes]` of Crack 12 [yes]."""
+    return re.sub(r"\d+", "#", column.name.strip()).lower()
+
+
+def _is_numbered(column: Column) -> bool:
+    """Whether its name has letters and a number, and is not usual for inputs (x1, feature_7) or for anything (col3)."""
+    name = _unnumbered(column)
+    usual = column.family in _INPUT_FAMILIES | _ANY_FAMILIES
+    return "#" in name and not usual and bool(re.search(r"[^\W\d_]", name))
 
 
 def _beside_inputs(columns: list[Column]) -> list[Column]:
@@ -566,6 +671,62 @@ def _last_binary(columns: list[Column]) -> list[Column]:
     first = next((i for i in range(len(columns), 0, -1) if not columns[i - 1].binary), 0)
     alone = not any(c.binary for c in columns[:first])
     return columns[first:] if alone and 0 < first < len(columns) - 1 else []
+
+
+def _doubt_inputs(seen: _Seen, excluded: Sequence[str], said_labels: bool) -> None:
+    """grid: leave out what is numbered as a label that a person named, and note what else of the inputs looks like a label."""
+    labels = [seen.columns[name] for name in seen.of("label")]
+    numbered = {_unnumbered(c) for c in labels if _is_numbered(c)}
+    others = [c for c in seen.free("number", "category") if not any(matches(c.name, p) for p in excluded)]
+    kin = [c for c in others if _unnumbered(c) in numbered]
+    add, name = "add them to --labels (tasks.labels)", 'name all inputs: --inputs "[NAME, ...]"'
+    if kin and said_labels and len(kin) < len(seen.free("number", "category", "smiles", "list")):
+        seen.put(kin, "left out", "", "numbered as a label that you named")
+        seen.notes.append(
+            f"{_counted(kin)} numbered as labels that you named, and left out; if labels too, {add}; if inputs, {name}"
+        )
+        others, kin = [c for c in others if c not in kin], []
+    looks = {c.name for family in [kin, *_sparse_families([*labels, *others])] for c in family}
+    if (missing := _missing(labels)) >= _far_more([*labels, *others]):
+        looks |= {c.name for c in others if c.missing >= _ALIKE * missing}
+    if alike := [c for c in others if c.name in looks]:
+        seen.notes.append(
+            f"{_counted(alike)} among the inputs, though like labels by their numbers or missing values; what is measured with "
+            f"the labels would give them away: if so, {add}, or {name}"
+        )
+
+
+def _counted(columns: list[Column]) -> str:
+    several = len(columns) > 1
+    return f"{len(columns)} column{'s' * several} ({some([c.name for c in columns], 3)}) {'are' if several else 'is'}"
+
+
+def _propose_tasks(seen: _Seen) -> None:
+    """grid of one task: a category with many values of several rows each may be the task of a long table."""
+    labels = seen.of("label")
+    for column in seen.columns.values() if len(labels) == 1 else ():
+        names = column.form in ("category", "text") or column.is_id
+        if not names or column.missing or column.distinct < _MANY_VALUES or column.name in labels:
+            continue
+        if np.median(pc.value_counts(seen.values[column.name]).field("counts")) >= _ROWS_EACH:
+            words = f"--task {shlex.quote(column.name)} --label {shlex.quote(labels[0])}"
+            seen.notes.append(
+                f"column {column.name} has {column.distinct:,} values with about {seen.rows // column.distinct:,} rows each: "
+                f"if each is a task of its own, say so: {words} (data.task, data.label)"
+            )
+            return
+
+
+def _propose_time(seen: _Seen, dates: Column) -> None:
+    """A random split of rows with dates shows how well what lies between them is predicted."""
+    text = seen.values[dates.name].cast(pa.string())
+    needs = [] if pc.all(pc.match_substring_regex(text, r"^\d{4}-\d\d-\d\d")).as_py() else ["dates written as 2024-12-31"]
+    needs += ["a date in every row"] if dates.missing else []
+    how = f"--split.by time --split.column {shlex.quote(dates.name)}"
+    seen.notes.append(
+        f"column {dates.name} holds dates: if later rows are to be predicted, scores on a random split look better than they "
+        f"will be; to split by time: {how}" + (f" (needs {' and '.join(needs)})" if needs else "")
+    )
 
 
 def _inputs(seen: _Seen) -> dict[str, Any]:

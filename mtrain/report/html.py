@@ -24,6 +24,7 @@ from mtrain.errors import UserError
 from mtrain.report.compare import Comparison, check_same_rows, compare
 from mtrain.report.intervals import LEVEL, RESAMPLES, Kept, Resampled, bounded, interval, resample
 from mtrain.report.say import say
+from mtrain.report.tables import merged_notes
 from mtrain.train.evaluate import HIGHER_IS_BETTER
 from mtrain.train.run_dir import RunDir
 
@@ -131,7 +132,7 @@ def run_data(run: RunDir, name: str, part: str, resamples: int) -> dict[str, Any
         "headline": _headline(summary, part, metric, reduce, found),
         "facts": _facts(summary, config, len(splits)),
         "notes": of_tasks,
-        "data_notes": _merged([note for note in notes if note not in of_tasks]),
+        "data_notes": merged_notes([note for note in notes if note not in of_tasks]),
         "warnings": warnings,
         "tasks": {key: values if key in ("task", "kind") else _short(values) for key, values in columns.items()}
         | _of_history(history, names, metric, reduce),
@@ -227,15 +228,6 @@ def _digits(values: Iterable[float]) -> str:
     """How all of some numbers are written: the largest with four digits, the others with as many decimals."""
     largest = max((abs(value) for value in values), default=0.0)
     return f"{{:,.{max(0, 3 - math.floor(math.log10(largest or 1)))}f}}"
-
-
-def _merged(notes: Iterable[str]) -> list[str]:
-    """Notes that begin alike, up to a colon, as one."""
-    rest: dict[str, list[str]] = {}
-    for note in notes:
-        head, _, own = note.partition(": ")
-        rest.setdefault(head, []).append(own)
-    return [": ".join(filter(None, (head, "; ".join(own)))) for head, own in rest.items()]
 
 
 def _facts(summary: dict[str, Any], config: Any, splits: int) -> list[list[str]]:

@@ -69,7 +69,7 @@ def init(data: str, output: Path | None, given: dict[str, Any], force: bool, con
 
 
 def print_findings(guess: Guess, console: Console) -> None:
-    """Which column is what, and why."""
+    """Which column is what, and why; and what may be wrong."""
     table = Table(box=None, pad_edge=False)
     for name in ("columns", "are", "as", "because"):
         table.add_column(name)
@@ -79,6 +79,7 @@ def print_findings(guess: Guess, console: Console) -> None:
         table.add_row(*map(escape, row))
     console.print(table)
     say(console, f"\nlayout {guess.tree['data']['layout']}: {guess.why.get('data.layout', 'as you said')}; {guess.rows:,} rows")
+    print_notes(guess.notes, console)
 
 
 def _print_tasks(source: Source, prepared: Prepared, kinds: Counter[str], console: Console) -> None:
@@ -98,7 +99,8 @@ def config_text(guess: Guess, data: str, output: Path, kinds: Counter[str], prep
     told = ", ".join(f"{count} {kind}" for kind, count in kinds.items())
     comments = {
         "data": [f"layout {tree['data']['layout']}: {guess.why.get('data.layout', 'as you said')}."]
-        + [f"{some(f.columns, 5)}: {f.role}, because: {f.why}." for f in guess.findings if f.role not in ("label", "input")],
+        + [f"{some(f.columns, 5)}: {f.role}, because: {f.why}." for f in guess.findings if f.role not in ("label", "input")]
+        + [f"Note: {note}." for note in guess.notes],
         "inputs": [f"{some(f.columns, 5)}: {f.why}." for f in guess.findings if f.role == "input"],
         "tasks": [f"{told}. Counts and classes that look like numbers need a kind of their own here."]
         + [f"Labels are {some(f.columns, 5)}, because: {f.why}." for f in guess.findings if f.role == "label"],

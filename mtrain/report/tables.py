@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +26,17 @@ FEW_LABELS = 5  # of a task in a part: fewer are suspicious
 FIRST = ("skill", "roc_auc", "pr_auc", "accuracy", "f1", "brier", "ece", "mse", "mae", "r2", "ev", "pearson_r2", "ci")
 
 
-def print_notes(notes: Sequence[str], console: Console) -> None:
+def merged_notes(notes: Iterable[str]) -> list[str]:
+    """Notes that begin alike, up to a colon, as one."""
+    rest: dict[str, list[str]] = {}
     for note in notes:
+        head, _, own = note.partition(": ")
+        rest.setdefault(head, []).append(own)
+    return [": ".join(filter(None, (head, "; ".join(own)))) for head, own in rest.items()]
+
+
+def print_notes(notes: Sequence[str], console: Console) -> None:
+    for note in merged_notes(notes):
         say(console, f"note: {note}")
 
 

@@ -18,6 +18,33 @@ def frame(first, rows):
     return pd.DataFrame({"n": n, "x": n / 4, "t": [f"row {i}" for i in n]})
 
 
+def with_holes(data, share, seed=0):
+    """The table with so large a share of its values missing, of all columns or by name."""
+    rng = np.random.default_rng(seed)
+    share = share if isinstance(share, dict) else dict.fromkeys(data.columns, share)
+    return data.assign(**{name: data[name].mask(rng.random(len(data)) < missing) for name, missing in share.items()})
+
+
+def laboratory(rows=300):
+    """Samples with inputs of which some miss, and outcomes in numbered columns, of which 40 % miss."""
+    rng = np.random.default_rng(0)
+    inputs = pd.DataFrame(
+        {
+            "Proben-Nr.": [f"P-{i}" for i in range(rows)],
+            "Temp (C)": rng.normal(size=rows).round(2),
+            "pH": rng.normal(size=rows).round(2),
+            "Material": rng.choice(["steel", "tin", "PVC"], rows),
+            "Werk": rng.choice(["A", "B"], rows),
+        }
+    )
+    outcomes = {f"Riss {i} [ja]": rng.integers(0, 2, rows) for i in range(1, 5)}
+    outcomes |= {f"ok? {i}": rng.choice(["yes", "no"], rows) for i in range(1, 4)}
+    outcomes |= {f"HV {i}": rng.normal(size=rows).round(2) for i in range(1, 4)}
+    outcomes["Grade"] = rng.choice(["A", "B", "C"], rows)
+    holes = {"Temp (C)": 0.08, "pH": 0.15, "Material": 0.06} | dict.fromkeys(outcomes, 0.4)
+    return with_holes(inputs.assign(**outcomes), holes), list(outcomes)
+
+
 def save(path, data, form=None, group=10):
     path = Path(path)
     form = form or path.name.split(".")[1]

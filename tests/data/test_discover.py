@@ -3,10 +3,11 @@
 import numpy as np
 import pandas as pd
 import pytest
-from frames import SMILES
+from frames import SMILES, laboratory, with_holes
 
 from mtrain.config import check_config
 from mtrain.data.discover import discover, merged, sizes
+from mtrain.data.prepare import prepare, read_source
 from mtrain.errors import UserError
 
 rng = np.random.default_rng(0)
@@ -67,6 +68,101 @@ def test_a_block_of_columns_with_missing_values_is_labels(tmp_path):
     assert of(found(tmp_path, scattered), "label") == ["herg"]
 
 
+def test_numbered_columns_that_miss_far_more_are_labels_with_those_beside_them_that_miss_as_much(tmp_path):
+    frame, outcomes = laboratory()
+    guess = found(tmp_path, frame)
+    assert of(guess, "label") == outcomes
+    assert of(guess, "input") == ["Temp (C)", "pH", "Material", "Werk"]
+    assert guess.notes == []
+    first = frame[[*outcomes, *(name for name in frame if name not in outcomes)]]
+    assert set(of(found(tmp_path, first), "label")) == set(outcomes)
+    far = with_holes(frame.assign(**{"Temp (C)": rng.normal(size=len(frame))}), {"Temp (C)": 0.4})
+    guess = found(tmp_path, far)
+    assert of(guess, "label") == outcomes
+    assert guess.notes[0].startswith("1 column (Temp (C)) is among the inputs, though like labels")
+
+
+def test_inputs_beside_numbered_labels_stay_inputs_though_some_values_miss(tmp_path):
+    frame = numbers(["age", "dose", "ph", *(f"crack {i}" for i in range(4)), "yield"], 300)
+    frame = with_holes(frame, {"dose": 0.1, "ph": 0.15, **{name: 0.4 for name in frame.columns[3:]}})
+    guess = found(tmp_path, frame)
+    assert of(guess, "input") == ["age", "dose", "ph"]
+    assert guess.tasks == 5
+
+
+def test_where_all_columns_miss_as_much_none_is_like_a_label(tmp_path):
+    guess = found(tmp_path, with_holes(numbers(["a", "b", "q 1", "q 2", "q 3", "last"], 300), 0.3))
+    assert of(guess, "label") == ["last"]
+    assert guess.notes == []
+
+
+def test_text_that_misses_as_much_as_a_block_of_numbers_is_labels_too(tmp_path):
+    frame = numbers(["age", "dose", "kinase", "gpcr"], 300).assign(toxic=rng.choice(["yes", "no"], 300), unit=["a", "b"] * 150)
+    frame = with_holes(frame, {"kinase": 0.3, "gpcr": 0.3, "toxic": 0.3, "unit": 0.06})
+    assert of(found(tmp_path, frame), "label") == ["kinase", "gpcr", "toxic"]
+
+
+@pytest.mark.parametrize("name", ["x{}", "feature_{}", "bit_{}", "fp_{}", "sensor {} [V]"])
+def test_numbered_inputs_that_miss_few_values_stay_inputs(tmp_path, name):
+    names = [name.format(i) for i in range(1, 31)]
+    frame = with_holes(numbers(names, 200), {column: 0.04 * (i % 3) for i, column in enumerate(names)}).assign(
+        colour=rng.normal(size=200)
+    )
+    guess = found(tmp_path, frame)
+    assert of(guess, "label") == ["colour"]
+    assert of(guess, "input") == names
+    assert guess.notes == []
+
+
+def test_columns_named_as_inputs_stay_inputs_however_many_values_they_miss(tmp_path):
+    names, labels = [f"x{i}" for i in range(9)], [f"crack {i}" for i in range(5)]
+    frame = with_holes(numbers([*names, "age", "dose", *labels], 300), dict.fromkeys([*names, *labels], 0.4))
+    assert of(found(tmp_path, frame), "label") == labels
+    assert of(found(tmp_path, frame[["dose", *labels, *names, "age"]]), "label") == labels
+
+
+def test_a_last_column_behind_sparse_numbered_ones_is_mentioned(tmp_path):
+    frame = with_holes(numbers([*(f"sensor {i}" for i in range(4)), "age"], 200), 0.3).assign(
+        size=rng.normal(size=200), profit=rng.normal(size=200)
+    )
+    guess = found(tmp_path, frame.assign(age=rng.normal(size=200))[["size", "age", *frame.columns[:4], "profit"]])
+    assert of(guess, "label") == [f"sensor {i}" for i in range(4)]
+    assert guess.notes == ["the last column, profit, is an input; if it is the label: --labels profit"]
+
+
+def test_what_is_numbered_as_a_label_that_is_named_is_no_input_and_what_looks_like_labels_is_said(tmp_path):
+    frame, _ = laboratory()
+    named = {"tasks": {"labels": ["Riss 1 [ja]", "Grade"]}}
+    guess = found(tmp_path, frame, named)
+    assert of(guess, "label") == ["Riss 1 [ja]", "Grade"]
+    assert of(guess, "left out") == ["Riss 2 [ja]", "Riss 3 [ja]", "Riss 4 [ja]"]
+    kin, alike = guess.notes
+    assert kin.startswith(
+        "3 columns (Riss 2 [ja], Riss 3 [ja], Riss 4 [ja]) are numbered as labels that you named, and left out"
+    )
+    assert alike.startswith("6 columns (ok? 1, ok? 2, ok? 3 and 3 more) are among the inputs, though like labels")
+    assert '--inputs "[NAME, ...]"' in alike
+    guess = found(tmp_path, frame, {**named, "inputs": ["Temp*", "HV*"]})
+    assert guess.notes == []
+    assert set(of(guess, "input")) == {"Temp (C)", "HV 1", "HV 2", "HV 3"}
+    guess = found(tmp_path, frame, {"tasks": {"labels": {"include": ["Riss*", "ok*", "HV*"], "exclude": ["HV 3"]}}})
+    assert role(guess, "HV 3") == "input"
+    assert guess.notes[0].startswith("1 column (Grade) is among the inputs, though like labels")
+
+
+def test_the_only_inputs_stay_though_they_are_numbered_as_the_label_and_x1_to_x9_say_nothing(tmp_path):
+    guess = found(tmp_path, numbers([f"sensor {i}" for i in range(5)]), {"tasks": {"labels": ["sensor 4"]}})
+    assert of(guess, "input") == [f"sensor {i}" for i in range(4)]
+    assert guess.notes[0].startswith(
+        "4 columns (sensor 0, sensor 1, sensor 2 and 1 more) are among the inputs, though like labels"
+    )
+    for name in ("x{}", "col_{}", "{}"):
+        names = [name.format(i) for i in range(9)]
+        guess = found(tmp_path, numbers([*names, "age"]), {"tasks": {"labels": [names[-1]]}})
+        assert of(guess, "input") == [*names[:-1], "age"]
+        assert guess.notes == []
+
+
 def test_what_stands_behind_numbered_inputs_is_labels(tmp_path):
     guess = found(tmp_path, numbers([*(f"x{i}" for i in range(12)), "yield", "purity"]))
     assert of(guess, "label") == ["yield", "purity"]
@@ -106,6 +202,24 @@ def test_stores_are_tasks_whose_label_is_the_last_number(tmp_path):
     frame = numbers(["temperature"], 80).assign(store=np.repeat(list("abcdefgh"), 10), revenue=rng.normal(size=80))
     guess = found(tmp_path, frame)
     assert guess.tree["data"] | {"path": ""} == {"path": "", "layout": "routed", "task": "store", "label": "revenue"}
+
+
+def test_one_label_beside_a_category_of_many_rows_each_may_be_many_tasks(tmp_path):
+    def notes(given=None, rows=6, branches=25, **columns):
+        names = [f"F{i:02}" for i in range(branches)]
+        frame = numbers(["cost"], 25 * rows).assign(branch=np.resize(names, 25 * rows), **columns)
+        return found(tmp_path, frame.assign(**{"net sales": rng.normal(size=25 * rows)}), given).notes
+
+    assert notes() == [
+        "column branch has 25 values with about 6 rows each: if each is a task of its own, say so: --task branch --label "
+        "'net sales' (data.task, data.label)"
+    ]
+    assert notes(rows=4) == []
+    assert notes({"data": {"layout": "grid"}}) == []
+    assert notes({"inputs": ["cost", "branch"]}) == []
+    assert notes({"data": {"task": "branch", "label": "net sales"}}) == []
+    assert notes({"tasks": {"labels": ["cost", "net sales"]}}, hours=rng.normal(size=150)) == []
+    assert notes(branches=19) == []
 
 
 def test_a_long_table_whose_inputs_repeat_with_an_id_is_pairs(tmp_path):
@@ -169,6 +283,62 @@ def test_ids_dates_constants_weights_and_free_text_are_no_inputs(tmp_path):
     assert guess.tree["data"]["weight"] == "sample_weight"
     assert set(of(guess, "left out")) == {"Unnamed: 0", "userID", "day", "same", "nearly", "note"}
     assert {column for finding in guess.findings for column in finding.columns} == set(frame.columns)
+
+
+@pytest.mark.parametrize(
+    ("name", "values", "what"),
+    [
+        ("Probe", [f"P-{3 * i}" for i in range(60)], "key"),
+        ("Sample No.", [1000 + 7 * i % 60 for i in range(60)], "key"),
+        ("compound name", [f"acid {i}" for i in range(60)], "key"),
+        ("run", range(1, 61), "key"),
+        ("Probe", [f"P-{i // 2}" for i in range(60)], "left out"),
+        ("remark", [f"looks {i} fine" for i in range(60)], "left out"),
+        ("sequence", [f"{i:080}A" for i in range(60)], "left out"),
+        ("x", range(60), "input"),
+        ("year", range(1960, 2020), "input"),
+    ],
+)
+def test_a_column_with_another_value_in_each_row_that_is_named_or_placed_as_an_id_is_the_key(tmp_path, name, values, what):
+    frame = pd.DataFrame({name: list(values)}).join(numbers(["a", "b", "y"]))
+    guess = found(tmp_path, frame)
+    assert role(guess, name) == what
+    assert guess.tree["data"].get("key") == (name if what == "key" else None)
+    assert role(found(tmp_path, frame, {"inputs": [name, "a"]}), name) != "key"
+    if what == "key" and name != "run":
+        assert role(found(tmp_path, frame.assign(patient_id=np.arange(60) % 20)), name) == "left out"
+
+
+def test_a_key_with_another_value_in_each_row_changes_no_split(tmp_path):
+    frame = pd.DataFrame({"Probe": [f"P-{i}" for i in range(60)]}).join(numbers(["a", "b", "y"]))
+    trees = found(tmp_path, frame).tree, found(tmp_path, frame.drop(columns="Probe"), name="u.csv").tree
+    with_key, without = (prepare(read_source(check_config(tree, "test")), 0) for tree in trees)
+    assert trees[0]["data"]["key"] == "Probe"
+    assert with_key.split_hash == without.split_hash
+    assert with_key.inputs.width == without.inputs.width == 2
+
+
+@pytest.mark.parametrize(
+    ("form", "missing", "needs"),
+    [
+        ("%Y-%m-%d", 0, ""),
+        ("%d.%m.%Y", 0, " (needs dates written as 2024-12-31)"),
+        ("%Y-%m-%d", 3, " (needs a date in every row)"),
+    ],
+)
+def test_dates_may_call_for_a_split_by_time(tmp_path, form, missing, needs):
+    day = pd.Series(pd.date_range("2020-01-01", periods=60)).dt.strftime(form)
+    day[:missing] = None
+    frame = numbers(["a", "y"]).assign(**{"the day": day})
+    (note,) = found(tmp_path, frame).notes
+    assert note.startswith("column the day holds dates")
+    assert note.endswith("to split by time: --split.by time --split.column 'the day'" + needs)
+    by_time = {"split": {"by": "time", "column": "the day"}}
+    assert found(tmp_path, frame, by_time).notes == []
+    if not needs:
+        assert (
+            prepare(read_source(check_config(found(tmp_path, frame, by_time).tree, "test")), 0).split_rows["test"].min() == 54
+        )
 
 
 def test_lists_are_arrays_scaled_by_what_they_hold(tmp_path):

@@ -77,6 +77,19 @@ def test_options_correct_a_guess_and_any_key_can_follow(tmp_path, monkeypatch, c
     assert "as you said" in out
 
 
+def test_what_may_be_wrong_is_printed_and_stands_in_the_config(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    frame = table("t.csv").assign(day=pd.date_range("2020-01-01", periods=120).strftime("%Y-%m-%d"))
+    frame.to_csv("t.csv", index=False)
+    _, out, _ = run(capsys, "init", "t.csv")
+    line = r"column day holds dates.* --split\.by time --split\.column day"
+    assert re.search(rf"^note: {line}$", out, re.MULTILINE)
+    assert re.search(rf"^# Note: {line}\.$", (tmp_path / "t.yaml").read_text(), re.MULTILINE)
+    _, out, _ = run(capsys, "init", "t.csv", "--force", "--split.by", "time", "--split.column", "day")
+    assert "note:" not in out
+    assert load_config(tmp_path / "t.yaml").split.column == "day"
+
+
 def test_a_folder_becomes_a_task_for_each_file(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "shops").mkdir()
