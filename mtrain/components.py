@@ -69,7 +69,7 @@ def build(spec: Spec, known: Mapping[str, Callable[..., Any]], where: str, **giv
         return cls(**supplied, **values)
     except UserError:
         raise
-    except Exception as error:  # the user's own class may raise anything
+    except (Exception, SystemExit) as error:  # the user's own class may raise anything
         raise UserError(f"{where}: '{spec.class_path}' fails with {values}: {type(error).__name__}: {error}") from error
 
 
@@ -96,8 +96,13 @@ def find(name: str, known: Mapping[str, Callable[..., Any]], where: str) -> Call
         raise UserError(f"{where}: '{name}' is unknown{nearest(name, known)}; your own class needs its import path")
     try:
         return getattr(importlib.import_module(module), attribute)
-    except Exception as error:  # importing runs the user's own module
+    except (Exception, SystemExit) as error:  # importing runs the user's own module
         raise UserError(f"{where}: cannot import '{name}' ({type(error).__name__}: {error})") from error
+
+
+def is_own(part: object) -> bool:
+    """Whether the class of a part is the user's own, not mtrain's."""
+    return type(part).__module__.partition(".")[0] != "mtrain"
 
 
 def worst(error: ValidationError) -> Any:

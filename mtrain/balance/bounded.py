@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -11,6 +13,8 @@ from torch import Tensor
 
 from mtrain.balance.base import Balancer, Facts, Seen
 from mtrain.balance.common import require
+from mtrain.components import is_own
+from mtrain.errors import UserError
 
 
 class Bounded(Balancer):
@@ -34,6 +38,10 @@ class Bounded(Balancer):
         max: largest ratio to the mean, at least 1; None: no bound.
         normalize: whether weights have a mean of 1 over active tasks; off where a paper has no such thing.
 
+    Raises:
+        UserError: the balancer fails, or gives something else than a weight for each task that it is shown; a user's own
+            balancer also where it gives negative weights and none above 0.
+
     Attributes:
         replaced_T: in how many steps each task's weight was not finite, int64.
     """
@@ -56,7 +64,8 @@ class Bounded(Balancer):
     def begin(self, facts: Facts) -> None:
         super().begin(facts)
         self.replaced_T = torch.zeros(facts.num_tasks, dtype=torch.int64, device=facts.device)
-        self.balancer.begin(facts)
+        with self._one_line():
+            self.balancer.begin(facts)
 
     def weights(self, seen: Seen) -> Tensor:
         if not len(seen.task_A):
@@ -79,17 +88,46 @@ class Bounded(Balancer):
 
     def after(self, seen: Seen) -> None:
         known_A = _known(seen)
-        self.balancer.after(seen if bool(known_A.all()) else _part(seen, known_A))
+        with self._one_line():
+            self.balancer.after(seen if bool(known_A.all()) else _part(seen, known_A))
 
     def _given(self, seen: Seen) -> Tensor:
         """The balancer's weights; NaN for tasks that it is not shown."""
         known_A = _known(seen)
         if bool(known_A.all()):
-            return self.balancer.weights(seen).float()
+            return self._asked(seen)
         weight_A = torch.full_like(seen.loss_A, math.nan)
         if bool(known_A.any()):
-            weight_A[known_A] = self.balancer.weights(_part(seen, known_A)).float()
+            weight_A[known_A] = self._asked(_part(seen, known_A))
         return weight_A
+
+    def _asked(self, seen: Seen) -> Tensor:
+        """The balancer's weights `[A]` of the tasks that it is shown."""
+        with self._one_line():
+            given = self.balancer.weights(seen)
+        name, num_active = type(self.balancer).__name__, len(seen.task_A)
+        if not isinstance(given, Tensor) or given.shape != seen.loss_A.shape:
+            found = f"a tensor of shape {list(given.shape)}" if isinstance(given, Tensor) else f"a {type(given).__name__}"
+            raise UserError(
+                f"objective.balancer: {name} gives {found}, expected a tensor [{num_active}], a weight for each active task"
+            )
+        if is_own(self.balancer) and bool((given < 0).any() & ~(given > 0).any()):
+            raise UserError(
+                f"objective.balancer: {name} gives no weight above 0 and some below (least: {float(given.min()):g}), which "
+                "makes losses grow; expected weights that are not negative"
+            )
+        return given.float()
+
+    @contextmanager
+    def _one_line(self) -> Iterator[None]:
+        """Whatever the user's own balancer raises, as one line."""
+        try:
+            yield
+        except (UserError, MemoryError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:
+            name = type(self.balancer).__name__
+            raise UserError(f"objective.balancer: {name} fails with {type(error).__name__}: {error}") from error
 
     def state_dict(self) -> dict[str, Any]:
         """The balancer's own state, and `replaced_T`."""

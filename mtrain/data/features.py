@@ -12,7 +12,8 @@ import inspect
 import json
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -301,6 +302,7 @@ class Categorical(Feature):
         vocabulary: list[list[str]] = []
         other: list[bool] = []
         notes = []
+        pooled: dict[str, list[str]] = {}
         for name, column in zip(columns, values.T, strict=True):
             codes, names = encode_categories(pa.array(column, pa.string()))
             counts = np.bincount(codes + 1, minlength=len(names) + 1)[1:]
@@ -310,15 +312,19 @@ class Categorical(Feature):
             if len(kept) + (left > 0) < 2:
                 notes.append(f"dropped constant column '{name}'")
                 kept, left = [], 0
+            elif left and len(kept) == len(names):
+                what = "missing values are a category of their own"
+                pooled.setdefault(what, []).append(f"{name} ({left} of {len(column)})")
             elif left:
-                rare = f"{len(names) - len(kept)} of {len(names)} categories, and missing values"
-                notes.append(f"column '{name}': {rare}, share 'other' ({left} of {len(column)} training rows)")
+                rare = f"{len(names) - len(kept)} of {len(names)} categories"
+                what = "rare categories" + " and missing values" * bool((codes < 0).any()) + " share the category 'other'"
+                pooled.setdefault(what, []).append(f"{name} ({rare}, {left} of {len(column)} rows)")
             vocabulary.append(kept)
             other.append(left > 0)
         width = sum(map(len, vocabulary)) + sum(other)
         if not width:
             _refuse_constant(columns, len(values))
-        self.notes = notes
+        self.notes = notes + [f"{what}: {some(each, SHOWN)}" for what, each in pooled.items()]
         self.state = {
             "columns": list(columns),
             "inputs": len(columns),
@@ -345,8 +351,9 @@ def encode_column(table: pa.Table, columns: list[str], feature: Feature, num_pro
 
     With `cache`, a `cached` feature runs through `Dataset.map`, once for each distinct value, in `num_proc` processes, and
     is kept in datasets' cache directory under a key that depends only on the feature's code, its options and the values: a
-    second run reads it from there. Raises UserError for a column that is not there and, with `on_invalid="error"`, for the
-    first row that cannot be used; with `on_invalid="skip"` such rows come back with `valid` False.
+    second run reads it from there. Raises UserError for a column that is not there, for a feature that fails or breaks its
+    contract and, with `on_invalid="error"`, for the first row that cannot be used; with `on_invalid="skip"` such rows come
+    back with `valid` False.
     """
     known = set(table.column_names)
     for name in columns:
@@ -355,7 +362,8 @@ def encode_column(table: pa.Table, columns: list[str], feature: Feature, num_pro
     if not len(table):
         raise UserError(f"{_names(columns)}: the data have no rows, expected at least one")
     table = table.select(columns)
-    encoded = _encode_cached(table, feature, num_proc) if feature.cached and cache else feature.encode(table)
+    with in_one_line(feature, columns):
+        encoded = _encode_cached(table, feature, num_proc) if feature.cached and cache else encode_rows(table, feature)
     if feature.on_invalid == "error" and not encoded.valid.all():
         row = int(encoded.valid.argmin())
         found = ", ".join(repr(str(table[name][row].as_py() or ""))[:80] for name in columns)
@@ -364,6 +372,65 @@ def encode_column(table: pa.Table, columns: list[str], feature: Feature, num_pro
             f"({(~encoded.valid).sum()} such rows in {len(table)}); mend them, or leave them out with on_invalid: skip"
         )
     return encoded
+
+
+def encode_rows(table: pa.Table, feature: Feature) -> Encoded:
+    """What `feature.encode` gives for the rows of `table`.
+
+    Raises:
+        UserError: it refuses them, fails, or gives something else than numbers for each row.
+    """
+    with in_one_line(feature, table.column_names):
+        encoded = feature.encode(table)
+    num_rows, found = len(table), _kind(encoded)
+    if isinstance(encoded, Encoded):
+        values, valid = encoded.values, encoded.valid
+        if (
+            isinstance(values, np.ndarray)
+            and isinstance(valid, np.ndarray)
+            and (values.ndim, len(values), valid.shape, valid.dtype) == (2, num_rows, (num_rows,), bool)
+        ):
+            return encoded
+        found = f"values {_kind(values)} and valid {_kind(valid)}"
+    raise UserError(
+        f"{_names(table.column_names)}: {type(feature).__name__} encodes {num_rows} rows as {found}, expected an Encoded with "
+        f"values [{num_rows}, k] and valid bool [{num_rows}]"
+    )
+
+
+def transform_rows(encoded: Encoded, columns: list[str], feature: Feature) -> np.ndarray:
+    """The matrix float32 [n, width] of encoded rows. Rows that are not valid may hold anything.
+
+    Raises:
+        UserError: `feature.transform` refuses them, fails, or gives something else, or numbers that are not finite.
+    """
+    with in_one_line(feature, columns), np.errstate(over="ignore"):
+        matrix = feature.transform(encoded.values)
+        expected = len(encoded.values), feature.width
+        name = type(feature).__name__
+        if not isinstance(matrix, np.ndarray) or matrix.shape != expected:
+            raise UserError(f"{_names(columns)}: {name} transforms to {_kind(matrix)}, expected float32 {list(expected)}")
+        x = np.asarray(matrix, np.float32)
+    if x.size and not np.isfinite([x.min(), x.max()]).all():
+        bad = ~np.isfinite(x) & encoded.valid[:, None]
+        if bad.any():
+            row, position = np.unravel_index(int(bad.argmax()), bad.shape)
+            raise UserError(
+                f"{_names(columns)}, row {row + 1}: {name} gives {x[row, position]:g} at position {position + 1}, expected "
+                "finite numbers that fit float32; mend the value, let the feature fill it, or have it mark the row as not valid"
+            )
+    return x
+
+
+@contextmanager
+def in_one_line(feature: Feature, columns: Sequence[str]) -> Iterator[None]:
+    """Whatever the user's own feature raises, as a UserError."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"{_names(columns)}: {type(feature).__name__} fails with {type(error).__name__}: {error}") from error
 
 
 def infer_feature(field: pa.Field, values: pa.Array | pa.ChunkedArray) -> Spec:
@@ -433,7 +500,7 @@ def _encode_cached(table: pa.Table, feature: Feature, num_proc: int) -> Encoded:
 
 
 def _encode_batch(table: pa.Table, feature: Feature) -> pa.Table:
-    encoded = feature.encode(table)
+    encoded = encode_rows(table, feature)
     flat = pa.array(np.ascontiguousarray(encoded.values).ravel())
     values = pa.FixedSizeListArray.from_arrays(flat, encoded.values.shape[1])
     return pa.table({"values": values, "valid": pa.array(encoded.valid)})
@@ -609,6 +676,12 @@ def _is_list(kind: pa.DataType) -> bool:
 
 
 _FIT_FLOAT32 = {pa.int8(), pa.uint8(), pa.int16(), pa.uint16(), pa.float16(), pa.float32()}
+
+
+def _kind(value: object) -> str:
+    if isinstance(value, np.ndarray):
+        return f"{value.dtype} {list(value.shape)}"
+    return "None" if value is None else f"a {type(value).__name__}"
 
 
 def _names(columns: Sequence[str]) -> str:

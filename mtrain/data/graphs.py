@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from mtrain.data.chem import Molecules
-from mtrain.data.features import Encoded, OnInvalid
+from mtrain.data.features import FLOAT32_MAX, Encoded, OnInvalid
 from mtrain.data.sources import existing, search_folders
 from mtrain.errors import UserError
 
@@ -214,8 +214,8 @@ def _checked(path: Path, x_NF: NDArray[Any], edge_2E: NDArray[Any], nodes: str, 
         refuse(nodes, f"{x_NF.dtype} of shape {list(x_NF.shape)}", "numbers [nodes, features]")
     if not x_NF.size:
         refuse(nodes, f"shape {list(x_NF.shape)}", "at least one node and one feature")
-    if x_NF.dtype.kind == "f" and not np.isfinite(x_NF).all():
-        refuse(nodes, f"{x_NF[~np.isfinite(x_NF)][0]} in node {np.argwhere(~np.isfinite(x_NF))[0, 0]}", "finite numbers")
+    if x_NF.dtype.kind == "f" and (bad_NF := ~(np.abs(x_NF) <= np.float32(FLOAT32_MAX))).any():
+        refuse(nodes, f"{x_NF[bad_NF][0]} in node {np.argwhere(bad_NF)[0, 0]}", "finite numbers that fit float32")
     if edge_2E.ndim != 2 or len(edge_2E) != 2 or edge_2E.dtype.kind not in "iu":
         refuse(edges, f"{edge_2E.dtype} of shape {list(edge_2E.shape)}", "whole numbers [2, edges]")
     if not edge_2E.size:

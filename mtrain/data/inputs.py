@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from mtrain.components import Spec
-from mtrain.data.features import Encoded, Feature, encode_column
+from mtrain.data.features import Encoded, Feature, encode_column, transform_rows
 from mtrain.data.tables import READERS, ReadError, Table
 from mtrain.errors import UserError, some
 
@@ -210,7 +210,7 @@ class ChunkedInputs:
     def put(self, chunk: int, encoded: Sequence[Encoded]) -> _Rows:
         """Transform the encoded rows of a chunk, and keep them if there is room."""
         try:
-            blocks = [item.feature.transform(one.values) for item, one in zip(self.features, encoded, strict=True)]
+            blocks = [transform_rows(one, item.columns, item.feature) for item, one in zip(self.features, encoded, strict=True)]
         except UserError as error:
             raise located(error, self.table, int(self.table.start_C[chunk])) from None
         x = np.ascontiguousarray(blocks[0] if len(blocks) == 1 else np.concatenate(blocks, axis=1), dtype=np.float32)

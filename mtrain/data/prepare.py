@@ -21,7 +21,16 @@ from mtrain.components import Spec, build
 from mtrain.config import Config, SplitConfig
 from mtrain.data import FEATURES
 from mtrain.data.batch import Grid, Pairs
-from mtrain.data.features import Encoded, encode_column, infer_feature, is_text
+from mtrain.data.features import (
+    Encoded,
+    Feature,
+    encode_column,
+    encode_rows,
+    in_one_line,
+    infer_feature,
+    is_text,
+    transform_rows,
+)
 from mtrain.data.files import open_tasks
 from mtrain.data.inputs import ChunkedInputs, FeatureColumn, Inputs, MemoryInputs, fitting_sample
 from mtrain.data.labels import LabelTable, read_files, read_grid, read_long, select
@@ -166,7 +175,7 @@ def read_source(config: Config, beside: Path | None = None) -> Source:
         if not free:
             raise UserError("inputs: no column is left for inputs; name the label columns in tasks.labels, or the inputs")
         input_columns = [([c], spec) for c, spec in _inferred(table, free).items()]
-    features = [FeatureColumn(names, spec, build(spec, FEATURES, f"inputs.{names[0]}")) for names, spec in input_columns]
+    features = [FeatureColumn(names, spec, _feature(spec, names)) for names, spec in input_columns]
     if not chunked and (size := _encoded_bytes(table, features, len(row_U))) > of_data.memory_gb * 1e9:
         chunked = True
         notes.append(f"inputs take {size / 1e9:.1f} GB, more than data.memory_gb ({of_data.memory_gb:g}): read by the chunk")
@@ -324,13 +333,24 @@ def _bounded(mask_P: NDArray[np.bool_], task_P: NDArray[np.int64], most: int, se
     return bounded_P
 
 
+def _feature(spec: Spec, columns: list[str]) -> Feature:
+    feature = build(spec, FEATURES, f"inputs.{columns[0]}")
+    if not isinstance(feature, Feature):
+        raise UserError(
+            f"inputs.{columns[0]}: '{spec.class_path}' is not a mtrain.data.features.Feature; derive it from that class"
+        )
+    return feature
+
+
 def _memory_inputs(source: Source, train_inputs: NDArray[np.int64]) -> MemoryInputs:
     blocks = []
     for item in source.features:
         assert item.encoded is not None
-        item.feature = build(item.spec, FEATURES, f"inputs.{item.columns[0]}")
-        item.feature.fit(item.encoded.values[train_inputs], item.columns)
-        blocks.append(item.feature.transform(item.encoded.values))
+        item.feature = _feature(item.spec, item.columns)
+        with in_one_line(item.feature, item.columns):
+            item.feature.fit(item.encoded.values[train_inputs], item.columns)
+        with source.named_rows(source.row_N):
+            blocks.append(transform_rows(item.encoded, item.columns, item.feature))
     return MemoryInputs(torch.from_numpy(np.concatenate(blocks, axis=1, dtype=np.float32)))
 
 
@@ -338,10 +358,11 @@ def _chunked_inputs(source: Source, train_inputs: NDArray[np.int64], seed: int, 
     """Features are fitted on some chunks, or all if they are few."""
     config = source.config.data
     budget, skip = config.memory_gb * 1e9, config.on_error == "skip_task"
-    features = [replace(item, feature=build(item.spec, FEATURES, f"inputs.{item.columns[0]}")) for item in source.features]
+    features = [replace(item, feature=_feature(item.spec, item.columns)) for item in source.features]
     sample, read = fitting_sample(source.table, source.row_N[train_inputs], features, config.fit_rows, seed, skip_failed=skip)
     for item, values in zip(features, sample, strict=True):
-        item.feature.fit(values, item.columns)
+        with in_one_line(item.feature, item.columns):
+            item.feature.fit(values, item.columns)
     if len(sample[0]) < len(train_inputs):
         notes.append(f"inputs are fitted on {len(sample[0])} of {len(train_inputs)} training rows (data.fit_rows)")
     source.features = features
@@ -398,7 +419,7 @@ def _encoded_bytes(table: Table, features: list[FeatureColumn], num_inputs: int)
         return 0.0
     columns = list(dict.fromkeys(name for item in features for name in item.columns))
     first = table.read_chunk(0, columns).slice(0, _PROBED_ROWS)
-    width = sum(item.feature.encode(first.select(item.columns)).values.shape[1] for item in features)
+    width = sum(encode_rows(first.select(item.columns), item.feature).values.shape[1] for item in features)
     return 4.0 * num_inputs * width
 
 

@@ -9,13 +9,14 @@ config, and with what its signature has of:
 - `tasks`: the names of all tasks;
 - `root`: `data.root`, for files of its own.
 
-`forward` returns features `[B, D]` (or `[B, M, D]` with an attribute `members` = M: an ensemble in one network); or several by
-name, each `[B, D]` or `[B, E, D]`, of which each head reads one. It may take `keys_B`, the int64 keys of
+`forward` returns float32 features `[B, D]` (or `[B, M, D]` with an attribute `members` = M: an ensemble in one network); or
+several by name, each `[B, D]` or `[B, E, D]`, of which each head reads one. It may take `keys_B`, the int64 keys of
 `mtrain.model.dropout`, so that its dropout depends on rows and not on how they are dealt to processes; `step_key`, the key
 `[1]` of the step alone, for a trunk that computes more than the rows; and `task_B`, the task of each row (int64), where each
-row has one. It may have an attribute `neck`, its last shared `nn.Linear`, which
+row has one. Both keys are None in evaluation. It may have an attribute `neck`, its last shared `nn.Linear`, which
 gradient-based balancing reads. What it returns without the rows is its attribute `out_features`, a number, or D or (E, D) by
-name; or it is found by a trial pass.
+name; or it is found by a trial pass: of two rows of zeros, on the CPU, in evaluation. The user's own trunk is tried also where
+it has `out_features`.
 """
 
 from __future__ import annotations
@@ -24,13 +25,14 @@ import inspect
 from collections.abc import Mapping, Sequence
 from itertools import accumulate
 from math import prod
+from numbers import Integral
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mtrain.components import build, signature
+from mtrain.components import build, is_own, signature
 from mtrain.config import Config, ModelConfig
 from mtrain.data.features import Feature
 from mtrain.errors import UserError, matches, nearest
@@ -217,15 +219,25 @@ class SharedModel(nn.Module):
         found = self.trunk(x_BF if self.ranges is None else split_inputs(x_BF, self.ranges), **given)
         if isinstance(found, Tensor):
             found = {next(iter(self.given)): found}
-        if {name: tuple(z.shape[1:]) for name, z in found.items()} != self.given:
+        if not self._fit(found, x_BF):
+            rows = {name: (x_BF.shape[0], *shape) for name, shape in self.given.items()}
             raise UserError(
-                f"model.trunk: {type(self.trunk).__name__} gives {_shown({n: tuple(z.shape[1:]) for n, z in found.items()})}, "
-                f"but its out_features say {_shown(self.given)}"
+                f"model.trunk: {type(self.trunk).__name__} gives {_described(found)}, expected {_expected(rows)} as its "
+                "out_features, or its trial pass, say"
             )
         if self.one_feature:
             (z_BD,) = found.values()
             return self.neck(z_BD)
         return torch.cat([found[name].flatten(1) for name in self.given], 1)
+
+    def _fit(self, found: object, x_BF: Tensor) -> bool:
+        """Whether the trunk gave what was said, for each row."""
+        if not isinstance(found, Mapping) or not all(isinstance(z, Tensor) for z in found.values()):
+            return False
+        shapes = {name: tuple(z.shape[1:]) for name, z in found.items()}
+        return shapes == self.given and (
+            torch.compiler.is_exporting() or all(z.shape[0] == x_BF.shape[0] for z in found.values())
+        )
 
 
 def check_packed(shared: SharedModel, features: Sequence[Feature]) -> None:
@@ -244,9 +256,8 @@ def check_packed(shared: SharedModel, features: Sequence[Feature]) -> None:
         raise UserError(
             f"model.trunk: {name} reads one feature of {readers[0].unpacks}, but inputs has {len(features)} features"
         )
-    own = type(trunk).__module__.partition(".")[0] != "mtrain"  # may do with them what it likes
-    for feature in features:
-        if feature.packed and not own and not any(reader.unpacks == feature.packed for reader in readers):
+    for feature in features:  # the user's own trunk may do with them what it likes
+        if feature.packed and not is_own(trunk) and not any(reader.unpacks == feature.packed for reader in readers):
             columns, kind = feature.state["columns"], type(feature).__name__
             raise UserError(
                 f"inputs.{columns[0]}: {kind} gives {feature.packed}, which trunk {name} cannot read; use TextEncoder"
@@ -373,41 +384,91 @@ def build_shared(
 
 
 def feature_shapes(trunk: nn.Module, in_features: int, ranges: Ranges | None, name: str) -> dict[str, Shape]:
-    """Shapes of a trunk's features: as `out_features` says, else by a trial pass."""
+    """Shapes of a trunk's features: as `out_features` says, else by a trial pass. The user's own trunk is tried in any case.
+
+    Raises:
+        UserError: `out_features` says no shape, or the trial pass fails or gives something else.
+    """
     said = getattr(trunk, "out_features", None)
     if said is None:
-        said = _tried(trunk, in_features, ranges, name)
-    shapes = {FEATURES: said} if not isinstance(said, Mapping) else said
-    found = {key: (shape,) if isinstance(shape, int) else tuple(shape) for key, shape in shapes.items()}
-    if not found or any(len(shape) not in (1, 2) or min(shape) < 1 for shape in found.values()):
-        raise UserError(f"model.trunk: {name} has {_shown(found)} for a row, expected D or (E, D) for each feature")
-    return found
+        return _tried(trunk, in_features, ranges, name, None)
+    shapes = _said(said, name)
+    if is_own(trunk):
+        with torch.random.fork_rng(devices=[]):  # what is built after it begins as without the pass
+            _tried(trunk, in_features, ranges, name, shapes)
+    return shapes
 
 
-def _tried(trunk: nn.Module, in_features: int, ranges: Ranges | None, name: str) -> dict[str, Shape]:
-    """Shapes of a row of what a trunk gives."""
-    training, x_2F = trunk.training, torch.zeros(2, in_features)
-    given = {"task_B": torch.zeros(2, dtype=torch.int64)} if "task_B" in inspect.signature(trunk.forward).parameters else {}
+def _said(said: object, name: str) -> dict[str, Shape]:
+    """Shapes of a row of features as `out_features` says them."""
+    shapes: Mapping[str, Any] = said if isinstance(said, Mapping) else {FEATURES: said}
+    sizes = {key: [shape] if isinstance(shape, Integral) else shape for key, shape in shapes.items()}
+    for size in sizes.values() or [None]:
+        if not isinstance(size, Sequence) or len(size) not in (1, 2) or not all(_is_width(width) for width in size):
+            raise UserError(
+                f"model.trunk: {name} has out_features {said!r}, expected D, or D or (E, D) for each feature by name: whole "
+                "numbers above 0"
+            )
+    return {key: tuple(map(int, size)) for key, size in sizes.items()}
+
+
+def _is_width(value: object) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool) and int(value) > 0
+
+
+def _tried(
+    trunk: nn.Module, in_features: int, ranges: Ranges | None, name: str, said: dict[str, Shape] | None
+) -> dict[str, Shape]:
+    """Shapes of a row of what a trunk gives for two rows of zeros."""
+    x_2F, parameters = torch.zeros(2, in_features), inspect.signature(trunk.forward).parameters
+    of_rows = {"keys_B": None, "step_key": None, "task_B": torch.zeros(2, dtype=torch.int64)}
+    given = {argument: value for argument, value in of_rows.items() if argument in parameters}
+    training = {module: module.training for module in trunk.modules()}
     try:
         with torch.no_grad():
             z = trunk.eval()(x_2F if ranges is None else split_inputs(x_2F, ranges), **given)
     except UserError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # the user's own trunk may raise anything
+        if said is not None and torch.accelerator.is_available():  # its kernels may be of the accelerator alone
+            return said
         what = f"{type(error).__name__}: {error}"
         raise UserError(f"model.trunk: {name} fails on inputs of shape {_input_shapes(in_features, ranges)}: {what}") from error
     finally:
-        trunk.train(training)
+        for module, mode in training.items():
+            module.training = mode
     members = getattr(trunk, "members", 1)
-    found = z if isinstance(z, Mapping) else {FEATURES: z}
-    for feature in found.values():
-        if not isinstance(feature, Tensor) or feature.dim() < 2 or len(feature) != 2:
-            shape = list(feature.shape) if isinstance(feature, Tensor) else type(feature).__name__
-            raise UserError(
-                f"model.trunk: {name} gives {shape} for inputs {_input_shapes(in_features, ranges)}, expected features [2, D], "
-                "or several by name"
-            )
-    return {key: tuple(feature.shape[2 if members > 1 else 1 :]) for key, feature in found.items()}
+    rows = (2,) if members == 1 else (2, members)
+    found = {next(iter(said or [FEATURES])): z} if isinstance(z, Tensor) else z
+    shapes = {}
+    if isinstance(found, Mapping) and all(isinstance(feature, Tensor) for feature in found.values()):
+        shapes = {key: tuple(feature.shape[len(rows) :]) for key, feature in found.items()}
+    sound = shapes and all(
+        feature.dtype == torch.float32 and feature.shape[: len(rows)] == rows and len(shapes[key]) in (1, 2) and feature.numel()
+        for key, feature in found.items()
+    )
+    if not sound or said not in (None, shapes):
+        expected = _expected({FEATURES: (*rows, "D")}) + ", or several by name"
+        if said is not None:
+            expected = _expected({key: (*rows, *shape) for key, shape in said.items()}) + " as its out_features say"
+        inputs = _input_shapes(in_features, ranges)
+        raise UserError(f"model.trunk: {name} gives {_described(z)} for inputs {inputs}, expected {expected}")
+    return shapes
+
+
+def _described(given: object) -> str:
+    """What a trunk gave."""
+    if isinstance(given, Tensor):
+        return f"{str(given.dtype).removeprefix('torch.')} {list(given.shape)}"
+    if isinstance(given, Mapping):
+        return ", ".join(f"{name} {_described(value)}" for name, value in given.items()) or "no features"
+    return "None" if given is None else f"a {type(given).__name__}"
+
+
+def _expected(features: Mapping[str, Sequence[object]]) -> str:
+    """What a trunk is to give."""
+    shown = {name: f"[{', '.join(map(str, shape))}]" for name, shape in features.items()}
+    return ", ".join("float32 " + shape if name == FEATURES else f"{name} float32 {shape}" for name, shape in shown.items())
 
 
 def _input_shapes(in_features: int, ranges: Ranges | None) -> str:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -15,8 +15,10 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from mtrain.components import is_own
 from mtrain.config import HeadConfig, TrainConfig
 from mtrain.data.batch import Batch
+from mtrain.errors import UserError
 from mtrain.model.dropout import row_keys
 from mtrain.model.heads import HeadBank
 from mtrain.parallel.shard import Shard
@@ -65,11 +67,13 @@ class Totals:
 
 class Window:
     """Sums over the micro-batches of one step: for each task of this rank its losses, weights and whether one of its losses
-    was not finite, and labels `[4, T]`; and whether features were not finite. After `sum_up` those of all tasks and ranks."""
+    was not finite, and labels `[4, T]`; and whether features were not finite. After `sum_up` those of all tasks and ranks.
+    `finite_rows` are the rows of this rank whose features were finite."""
 
     def __init__(self, num_tasks: int, device: torch.device):
         self.sums_4T = torch.zeros(4, num_tasks, device=device)
         self.bad_features = torch.zeros((), device=device)
+        self.finite_rows = torch.zeros((), dtype=torch.int64, device=device)
 
     def add(self, loss: PieceLoss) -> None:
         piece, weight_A = loss.piece, loss.count_A
@@ -183,6 +187,8 @@ class Stepper:
                 updates.append(self._micro(micro, step, num_labels, window, rebalance=single))
         if not single:
             window.sum_up(self.shard)
+        if step == 0:
+            self._check_features(window)
         self._apply(_merged(updates), window, totals)
         weight_T = self.coefficient_T * self.balancing.weight_T
         totals.loss += (weight_T * window.loss_T).sum() / (num_labels * self.members)
@@ -195,6 +201,30 @@ class Stepper:
         if self.balancing.balancer.second_forward:
             again = self._losses(batch, step)
             self.balancing.after(step, again.mean_loss_T, again.count_T)
+
+    def _check_features(self, window: Window) -> None:
+        """Refuse a trunk whose features are finite in no row of the first step."""
+        if bool(window.bad_features) and not any(self.shard.world.sum_numbers(int(window.finite_rows))):
+            raise UserError(
+                f"model.trunk: the features of {type(self._trunk()).__name__} are finite in no row of the first step, though "
+                "all inputs are; look for what overflows or divides by 0 in its forward, or in how it is initialised"
+            )
+
+    def _trunk(self) -> nn.Module:
+        return self.accelerator.unwrap_model(self.model, keep_torch_compile=False).trunk
+
+    @contextmanager
+    def _trunk_failures(self) -> Iterator[None]:
+        """What the user's own trunk raises, as a UserError; not what torch raises for want of memory or of another process."""
+        try:
+            yield
+        except Exception as error:
+            trunk, several = self._trunk(), self.shard.world.size > 1
+            elsewhere = isinstance(error, RuntimeError) and (several or "memory" in str(error))
+            if isinstance(error, UserError | MemoryError) or elsewhere or not is_own(trunk):
+                raise
+            what = f"{type(error).__name__}: {error}"
+            raise UserError(f"model.trunk: {type(trunk).__name__} fails in training with {what}") from error
 
     @torch.no_grad()
     def _losses(self, batch: Sequence[Batch], step: int) -> Window:
@@ -212,8 +242,11 @@ class Stepper:
         keys_B = row_keys(self.config.seed, step, batch.row_B)
         keys_H = keys_B if batch.row_H is None else row_keys(self.config.seed, step, batch.row_H)
         own = {"step_key": row_keys(self.config.seed, step, self.any_row)} if self.takes_step else {}
-        features_BD = self.model(*batch.arguments(keys_B), **own)
-        window.bad_features += ~features_BD.detach().isfinite().all()
+        with self._trunk_failures():
+            features_BD = self.model(*batch.arguments(keys_B), **own)
+        finite_B = features_BD.detach().flatten(1).isfinite().all(1)
+        window.bad_features += ~finite_B.all()
+        window.finite_rows += finite_B.sum()
         z_HD = self.shard.to_heads(features_BD.detach(), batch.deal).requires_grad_(features_BD.requires_grad)
         with self.accelerator.autocast():
             found = [self._loss(piece) for piece in pieces(self.bank, z_HD, batch.labels, needed, keys_H, tapped)]

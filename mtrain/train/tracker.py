@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import uuid
 from collections.abc import Mapping
@@ -12,6 +13,7 @@ import numpy as np
 from accelerate import Accelerator
 from numpy.typing import ArrayLike, NDArray
 
+from mtrain.components import Spec, build
 from mtrain.errors import UserError
 
 SHOWN_ROWS = 20  # of a table, where a tracker shows text
@@ -54,6 +56,9 @@ class Wandb(Tracker):
         name: shown name of the run; default: the run directory's.
         checkpoint: also store the model's checkpoint, as an artifact.
         report: also store what `mtrain report` makes of the run.
+
+    Raises:
+        UserError: wandb is not installed, or what draws the report.
     """
 
     def __init__(
@@ -64,16 +69,17 @@ class Wandb(Tracker):
         checkpoint: bool = False,
         report: bool = False,
     ):
+        _require("wandb", "wandb")
+        if report:
+            from mtrain.report.html import plotly_script
+
+            plotly_script()
         self.project, self.mode, self.name = project, mode, name
         self.checkpoint, self.report = checkpoint, report
 
     def start(self, accelerator: Accelerator, run_dir: Path, config: dict[str, Any], run_id: str | None) -> str | None:
         import wandb
 
-        if self.report:  # what is missing is said before training
-            from mtrain.report.html import plotly_script
-
-            plotly_script()
         run_id = run_id or uuid.uuid4().hex[:8]
         options = {
             "mode": self.mode or os.environ.get("WANDB_MODE", "offline"),
@@ -125,13 +131,16 @@ class Wandb(Tracker):
 
 
 class TensorBoard(Tracker):
-    """TensorBoard; its files are in the run directory's `tensorboard/`. Tables are shown by their first rows."""
+    """TensorBoard; its files are in the run directory's `tensorboard/`. Tables are shown by their first rows.
+
+    Raises:
+        UserError: tensorboard is not installed.
+    """
+
+    def __init__(self) -> None:
+        _require("tensorboard", "mtrain[tensorboard]")
 
     def start(self, accelerator: Accelerator, run_dir: Path, config: dict[str, Any], run_id: str | None) -> str | None:
-        try:
-            import tensorboard  # noqa: F401
-        except ImportError:
-            raise UserError('tracker: tensorboard is not installed; pip install "mtrain[tensorboard]"') from None
         from accelerate.utils import LoggerType
 
         accelerator.project_configuration.set_directories(str(run_dir))
@@ -155,6 +164,25 @@ class TensorBoard(Tracker):
 
     def finish(self) -> None:
         _finish(self.accelerator)
+
+
+def build_tracker(spec: Spec) -> Tracker:
+    """The tracker of a config.
+
+    Raises:
+        UserError: it cannot be built, is none, or a package that it needs is not installed.
+    """
+    tracker = build(spec, TRACKERS, "tracker")
+    if not isinstance(tracker, Tracker):
+        raise UserError(f"tracker: '{spec.class_path}' is not a mtrain.train.tracker.Tracker; derive it from that class")
+    return tracker
+
+
+def _require(package: str, install: str) -> None:
+    try:
+        importlib.import_module(package)
+    except ImportError:
+        raise UserError(f'tracker: {package} is not installed; pip install "{install}"') from None
 
 
 def _finish(accelerator: Accelerator) -> None:

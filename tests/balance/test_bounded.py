@@ -201,6 +201,36 @@ def test_state_passes_through_without_a_prefix():
     assert other.replaced_T.tolist() == [0, 0, 1]
 
 
+class Fails(Balancer):
+    def weights(self, seen):
+        raise ValueError("no\nsuch task")
+
+
+@pytest.mark.parametrize(
+    ("balancer", "words"),
+    [
+        (Given([1.0]), r"Given gives a tensor of shape \[1\], expected a tensor \[3\], a weight for each active task"),
+        (Given([[1.0, 1.0, 1.0]]), r"Given gives a tensor of shape \[1, 3\]"),
+        (Given([-1.0, 0.0, -2.0]), r"Given gives no weight above 0 and some below \(least: -2\)"),
+        (Fails(), "Fails fails with ValueError: no such task"),
+    ],
+)
+def test_a_users_balancer_that_breaks_its_contract_is_refused_in_one_line(balancer, words):
+    with pytest.raises(UserError, match=f"objective.balancer: {words}"):
+        begun(Bounded(balancer), 3).weights(shown(torch.ones(3)))
+
+
+def test_a_users_balancer_that_gives_a_list_or_fails_elsewhere_is_refused_in_one_line():
+    inner = Given()
+    inner.given = [[1.0, 1.0]]
+    with pytest.raises(UserError, match="Given gives a list, expected a tensor"):
+        begun(Bounded(inner), 2).weights(shown(torch.ones(2)))
+    inner.begin = inner.after = lambda given: {}["nope"]
+    for call in (lambda: begun(Bounded(inner), 2), lambda: Bounded(inner).after(shown(torch.ones(2)))):
+        with pytest.raises(UserError, match="Given fails with KeyError: 'nope'"):
+            call()
+
+
 def test_needs_are_those_of_the_balancer():
     assert (Bounded(GradNorm()).needs, Bounded(GradNorm()).second_forward) == ("norms", False)
     assert (Bounded(FAMO()).needs, Bounded(FAMO()).second_forward) == ("losses", True)

@@ -210,9 +210,13 @@ def test_categorical_has_a_column_other_only_if_training_rows_fall_in_it():
     rare = Categorical(min_count=2)
     got = fit_transform(rare, pa.table({"x": column}), slice(5))
     np.testing.assert_array_equal(got.argmax(1), [0, 1, 0, 1, 2, 2, 2, 2])
-    assert rare.notes == ["column 'x': 1 of 3 categories, and missing values, share 'other' (1 of 5 training rows)"]
-    missing = fit_transform(Categorical(), pa.table({"x": column}), slice(6))
-    assert missing.shape[1] == 4
+    assert rare.notes == ["rare categories share the category 'other': x (1 of 3 categories, 1 of 5 rows)"]
+    fit_transform(rare, pa.table({"x": column}), slice(6))
+    assert rare.notes == ["rare categories and missing values share the category 'other': x (1 of 3 categories, 2 of 6 rows)"]
+    own = Categorical()
+    missing = fit_transform(own, pa.table({"x": column, "full": ["a", "b"] * 4, "y": column}), slice(6))
+    assert own.notes == ["missing values are a category of their own: x (1 of 6), y (1 of 6)"]
+    missing = missing[:, :4]
     np.testing.assert_array_equal(missing[6], [0, 0, 0, 1])
     capped = fit_transform(Categorical(max_categories=1), pa.table({"x": column}), slice(4))
     np.testing.assert_array_equal(capped, [[1, 0], [0, 1], [1, 0], [0, 1], [0, 1], [0, 1], [0, 1], [0, 1]])

@@ -96,6 +96,10 @@ def test_a_graph_is_found_under_the_root_the_variable_or_here(tmp_path, monkeypa
         ({"x": X, "edge_index": np.zeros((3, 2), int)}, r"int64 of shape \[3, 2\], expected whole numbers \[2, edges\]"),
         ({"x": X, "edge_index": EDGES + 0.5}, r"float64 of shape \[2, 2\], expected whole numbers \[2, edges\]"),
         ({"x": np.where(X, 1, [[0], [np.nan], [0]]), "edge_index": EDGES}, "array 'x': nan in node 1, expected finite numbers"),
+        (
+            {"x": np.where(X, 1, [[0], [-1e300], [0]]), "edge_index": EDGES},
+            "-1e.300 in node 1, expected finite numbers that",
+        ),
         ({"x": X[0], "edge_index": EDGES}, r"shape \[3\], expected numbers \[nodes, features\]"),
         ({"X": X, "edge_index": EDGES}, "no array 'x', it holds X, edge_index; name the right one in the option nodes"),
     ],

@@ -1,6 +1,8 @@
 """Trunks and the contract for the user's own."""
 
+import re
 import sys
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -33,6 +35,11 @@ class Flat(nn.Module):
 class Fails(nn.Module):
     def forward(self, x):
         raise ValueError("no")
+
+
+class Leaves(nn.Module):
+    def __init__(self):
+        raise SystemExit(3)
 
 
 def shared(class_path, in_features=4, neck=None, **init_args):
@@ -96,8 +103,9 @@ def test_a_users_own_trunk_is_built_from_its_import_path_and_its_width_is_found(
         ("MPL", {}, "did you mean 'MLP'"),
         ("MLP", {"width": [3]}, "did you mean 'widths'"),
         ("MLP", {"widths": []}, "expected at least one positive number"),
-        ("own_trunks.Flat", {}, "expected features"),
+        ("own_trunks.Flat", {}, r"gives float32 \[\] for inputs \[2, 4\], expected float32 \[2, D\], or several by name"),
         ("own_trunks.Fails", {}, "fails on inputs of shape"),
+        ("own_trunks.Leaves", {}, "'own_trunks.Leaves' fails with {}: SystemExit: 3"),
         ("own_trunks.Missing", {}, "cannot import"),
     ],
 )
@@ -142,13 +150,31 @@ class ByTask(nn.Module):
         return x_BF + self.bias(task_B)
 
 
-class Lies(nn.Module):
-    def __init__(self, in_features: int):
-        super().__init__()
-        self.out_features = in_features + 1
+class Says(nn.Module):
+    """Says what it gives, and gives something else; `later`: in training only."""
 
-    def forward(self, x_BF):
-        return x_BF
+    GIVES: ClassVar = {
+        "as said": lambda z: z,
+        "noise": lambda z: z + torch.rand(3)[0],
+        "a list": lambda z: [z],
+        "nothing": lambda z: None,
+        "names": lambda z: {"a": z, "b": z[:, :3]},
+        "float64": lambda z: z.double(),
+        "int64": lambda z: z.long(),
+        "fewer": lambda z: z[:-1],
+        "flat": lambda z: z.sum(1),
+        "an error": lambda z: {}["nope"],
+        "exit": lambda z: sys.exit(1),
+    }
+
+    def __init__(self, in_features: int, gives: str, out: Any = 8, later: bool = False):
+        super().__init__()
+        self.layer, self.frozen, self.out_features = nn.Linear(in_features, 8), nn.Dropout().eval(), out
+        self.gives, self.later = self.GIVES[gives], later
+
+    def forward(self, x_BF, keys_B, step_key):
+        z = self.layer(x_BF)
+        return z if self.later and not self.training else self.gives(z)
 
 
 def network(columns, trunk, model=None, inputs=None, layout="grid", tasks=("t", "u")):
@@ -221,5 +247,61 @@ def test_inputs_that_do_not_fit_are_refused_in_one_line(trunk, given, words):
 def test_features_that_do_not_fit_are_refused_in_one_line():
     with pytest.raises(UserError, match=r"gives one \[3\], experts \[2, 4\]; a neck needs one feature|the trunk gives one"):
         network(WIDE, NAMED, {"inputs": BY_NAME, "neck": 4}, KEYS)
-    with pytest.raises(UserError, match=r"Lies gives features \[4\], but its out_features say features \[5\]"):
-        shared("own_trunks.Lies")(torch.zeros(2, 4))
+
+
+@pytest.mark.parametrize(
+    ("gives", "out", "words"),
+    [
+        ("as said", 5, "gives float32 [2, 8] for inputs [2, 4], expected float32 [2, 5] as its out_features say"),
+        ("as said", 8.0, "has out_features 8.0, expected D, or D or (E, D) for each feature by name: whole numbers above 0"),
+        ("as said", "eight", "has out_features 'eight', expected D"),
+        ("as said", {}, "has out_features {}, expected D"),
+        ("as said", {"a": 0}, "has out_features {'a': 0}, expected D"),
+        ("as said", True, "has out_features True, expected D"),
+        ("a list", 8, "gives a list for inputs [2, 4], expected float32 [2, 8]"),
+        ("nothing", 8, "gives None for inputs [2, 4], expected float32 [2, 8]"),
+        (
+            "names", {"a": 8, "b": (2, 3)},
+            "gives a float32 [2, 8], b float32 [2, 3] for inputs [2, 4], expected a float32 [2, 8], b float32 [2, 2, 3] as its",
+        ),
+        ("float64", 8, "gives float64 [2, 8] for inputs [2, 4], expected float32 [2, 8]"),
+        ("int64", 8, "gives int64 [2, 8]"),
+        ("fewer", 8, "gives float32 [1, 8]"),
+        ("flat", 8, "gives float32 [2]"),
+        ("an error", 8, "fails on inputs of shape [2, 4]: KeyError: 'nope'"),
+        ("exit", 8, "fails on inputs of shape [2, 4]: SystemExit: 1"),
+    ],
+)  # fmt: skip
+def test_a_users_trunk_that_says_its_width_is_tried_too(monkeypatch, gives, out, words):
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+    with pytest.raises(UserError, match=re.escape(f"model.trunk: own_trunks.Says {words}")):
+        shared("own_trunks.Says", gives=gives, out=out)
+
+
+def test_trying_a_trunk_that_says_its_width_changes_nothing_that_is_built():
+    a, b = (shared("own_trunks.Says", neck=3, gives=gives) for gives in ("as said", "noise"))
+    assert all(torch.equal(p, q) for p, q in zip(a.parameters(), b.parameters(), strict=True))
+    assert [module.training for module in (a, a.trunk, a.trunk.layer, a.trunk.frozen)] == [True, True, True, False]
+
+
+def test_a_trunk_that_fails_on_the_cpu_may_need_the_accelerator(monkeypatch):
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    assert shared("own_trunks.Says", gives="an error").out_features == 8
+    with pytest.raises(UserError, match="fails on inputs of shape"):  # nothing else says what it gives
+        shared("own_trunks.Fails")
+
+
+@pytest.mark.parametrize(
+    ("gives", "words"),
+    [
+        ("a list", "gives a list, expected float32 [5, 8] as its out_features"),
+        ("nothing", "gives None, expected float32 [5, 8]"),
+        ("fewer", "gives features float32 [4, 8], expected float32 [5, 8]"),
+        ("names", "gives a float32 [5, 8], b float32 [5, 3], expected float32 [5, 8]"),
+    ],
+)
+def test_what_a_trunk_gives_is_checked_in_training(gives, words):
+    model = shared("own_trunks.Says", gives=gives, later=True)
+    assert model.eval()(torch.zeros(5, 4)).shape == (5, 8)
+    with pytest.raises(UserError, match=re.escape(f"model.trunk: Says {words}")):
+        model.train()(torch.zeros(5, 4))

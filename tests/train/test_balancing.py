@@ -278,7 +278,7 @@ def test_gradients_are_taken_every_few_steps_and_smoothed_in_their_squares():
             "grid",
             "gram",
             {},
-            r"mine needs .* at a linear neck, .* set model\.neck to a width",
+            r"mine needs .* at a linear neck, .* model\.neck to a width",
         ),
         (make_shared().requires_grad_(False), "grid", "gram", {}, "but the trunk is frozen"),
         (make_shared(), "pairs", "gram", {"level": "trunk"}, "rows of one task each, but the layout is pairs"),

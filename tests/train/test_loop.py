@@ -25,6 +25,7 @@ from mtrain.train.run_dir import RunDir
 from mtrain.train.state import head_stacks, trunk_tensors
 from mtrain.train.step import Stepper
 from mtrain.train.stop import Preempted, stop_signals
+from mtrain.train.tracker import NoTracker
 
 
 def train(config, path):
@@ -257,7 +258,7 @@ def test_parts_joined_for_a_refit_hold_the_labels_of_both(layout):
 @pytest.mark.parametrize("frozen", ["trunk", "heads"])
 def test_a_frozen_part_does_not_change_at_all(frozen, tmp_path):
     config = run_config("grid", freeze=[frozen], model={"trunk": "problems.OwnTrunk"}, train={"epochs": 1})
-    prepared, tracker = prepare(read_source(config), 0), runs.TRACKERS["none"]()
+    prepared, tracker = prepare(read_source(config), 0), NoTracker()
     run, accelerator = RunDir(tmp_path / "x"), runs.make_accelerator(config)
     trainer = Trainer(prepared, config, run, accelerator, World(), tracker, Console())
     start = {f"tensors/{name}": tensor.clone() for name, tensor in trunk_tensors(trainer.shared).items()}

@@ -133,6 +133,7 @@ def test_a_tensorboard_run_has_aggregates_histograms_and_tables(tmp_path):
 
 
 def test_a_trackers_histograms_leave_out_what_is_not_a_number(tmp_path):
+    pytest.importorskip("tensorboard", reason="needs the extra mtrain[tensorboard]")
     found = []
     tracker = TensorBoard()
     tracker.writer = SimpleNamespace(add_histogram=lambda *given: found.append(given))
@@ -145,4 +146,23 @@ def test_a_trackers_histograms_leave_out_what_is_not_a_number(tmp_path):
 def test_a_missing_tensorboard_is_said_with_its_extra(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "tensorboard", None)
     with pytest.raises(UserError, match=r'tensorboard is not installed; pip install "mtrain\[tensorboard\]"'):
-        TensorBoard().start(None, tmp_path, {}, None)
+        TensorBoard()
+
+
+@pytest.mark.parametrize(
+    ("tracker", "missing", "words"),
+    [
+        ("wandb", "wandb", 'tracker: wandb is not installed; pip install "wandb"'),
+        ({"class_path": "wandb", "init_args": {"report": True}}, "plotly.offline", "plotly, which is not installed"),
+        ("tensorboard", "tensorboard", "tracker: tensorboard is not installed"),
+        ("torch.nn.Identity", "none", "tracker: 'torch.nn.Identity' is not a mtrain.train.tracker.Tracker"),
+    ],
+)
+def test_a_tracker_that_cannot_be_is_refused_before_data_are_read(tmp_path, monkeypatch, tracker, missing, words):
+    if missing == "plotly.offline":
+        pytest.importorskip("wandb")
+    monkeypatch.setitem(sys.modules, missing, None)
+    tree = {"data": {"path": "nowhere.csv", "layout": "grid"}, "inputs": {"x": "Numeric"}, "tracker": tracker}
+    with pytest.raises(UserError, match=words):
+        runs.train(check_config(tree, "test"), tmp_path, tmp_path / "run", Console(quiet=True))
+    assert not (tmp_path / "run").exists()
