@@ -14,7 +14,13 @@ import torch
 
 torch.set_num_threads(1)
 atexit.register(shutil.rmtree, os.environ["HF_HOME"], ignore_errors=True)
-DATA = os.environ.pop("MTRAIN_DATA", None)  # real tables, for the tests that ask for them
+DATA = os.environ.get("MTRAIN_DATA")  # real tables, for the tests that ask for them
+
+
+def pytest_configure(config):
+    """Other tests do not see them; the process that deals tests to workers leaves the variable to those."""
+    if not getattr(config.option, "numprocesses", None):
+        os.environ.pop("MTRAIN_DATA", None)
 
 
 @pytest.fixture(autouse=True)
