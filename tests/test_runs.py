@@ -196,7 +196,7 @@ def test_routed_predictions_and_pairs_have_a_column_for_the_rows_own_task(traine
         ("new.parquet", "out.xlsx", "expected a name that ends in .parquet or .csv"),
         ("missing.parquet", "out.csv", "no such file"),
         ("narrow.parquet", "out.csv", "no column 'x3'"),
-        ("new.parquet", "no/such/folder/out.csv", "cannot be written"),
+        ("new.parquet", "no/such/folder/out.csv", "no folder"),
     ],
 )
 def test_predictions_that_cannot_be_made_are_refused_in_one_line(trained, tmp_path, capsys, data, output, words):

@@ -1,6 +1,5 @@
 import importlib.util
 import json
-import os
 from pathlib import Path
 
 import datasets
@@ -187,10 +186,8 @@ def test_scaffolds_are_bemis_murcko_without_chirality_and_what_does_not_parse_is
 
 
 @pytest.mark.parametrize(("file", "num_invalid"), [("toxcast/toxcast.csv.gz", 0), ("tox21/tox21.csv", 8)])
-def test_real_molecules_are_read_in_two_processes(file, num_invalid):
-    path = Path(os.environ.get("MTRAIN_DATA", "")) / file
-    if not path.is_file():
-        pytest.skip(f"no {file} under $MTRAIN_DATA")
+def test_real_molecules_are_read_in_two_processes(real_data, file, num_invalid):
+    path = Path(real_data) / file
     ds = datasets.load_dataset("csv", data_files=str(path), split="train").select_columns(["smiles"])
     encoded = encode_column(ds.with_format("arrow")[:], ["smiles"], ECFP(on_invalid="skip"), num_proc=2)
     assert (~encoded.valid).sum() == num_invalid

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import time
 from collections import defaultdict
 from types import SimpleNamespace
 
@@ -75,11 +76,21 @@ def run_of_many_tasks(tmp_path, tracker, num_tasks=1000):
 
 
 def logged(folder):
-    """Values by key, and the files, that an offline W&B run has written: records in LevelDB's log format."""
+    """Values by key, and the files, that an offline W&B run has written: records in LevelDB's log format. W&B's own process
+    writes them, and may be slower than the run."""
+    (path,) = folder.rglob("*.wandb")
+    for _ in range(300):
+        keys, files, complete = records(path.read_bytes())
+        if complete:
+            break
+        time.sleep(0.1)
+    return keys, files
+
+
+def records(data):
     from wandb.proto import wandb_internal_pb2
 
-    (path,) = folder.rglob("*.wandb")
-    data, at, whole = path.read_bytes(), 7, b""
+    at, whole, complete = 7, b"", False
     keys, files = defaultdict(list), []
     while at + 7 <= len(data):
         if (left := 32768 - at % 32768) < 7:
@@ -93,7 +104,8 @@ def logged(folder):
             for item in record.history.item:
                 keys[item.key or "/".join(item.nested_key)].append(json.loads(item.value_json))
             files += [file.path for file in record.files.files]
-    return keys, files
+            complete |= record.WhichOneof("record_type") == "exit"
+    return keys, files, complete
 
 
 def test_a_wandb_run_of_1000_tasks_has_few_keys(tmp_path, monkeypatch):
