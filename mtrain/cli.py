@@ -22,6 +22,8 @@ from mtrain.report.help import FIRST_RUN, MORE
 from mtrain.train.stop import Preempted, stop_signals
 
 SAID_ONCE = 1.0  # seconds in which a launcher ends the other processes, where rank 0 makes the same mistake
+WITH_KEYS = ("init", "train", "tasks", "tune", "baseline", "partition", "plan")  # commands that take --section.key value
+TOGETHER = ("train", "eval", "predict")  # commands that several processes of a launcher run together
 BENCHES = ("heads", "step", "stream", "scale", "checkpoint", "balance", "study", "fusion", "experts", "treatment")
 
 
@@ -56,6 +58,21 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _run(argv: list[str], asked: Callable[[], int | None]) -> None:
+    parser = _parser()
+    arguments, rest = parser.parse_known_args(argv)
+    if rest and arguments.command not in WITH_KEYS:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    launched, name = int(os.environ.get("WORLD_SIZE", 1)), arguments.command
+    if launched > 1 and name not in TOGETHER:
+        raise UserError(f"{name} runs in one process, found {launched} of a launcher; start it as: mtrain {name} ...")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    sys.path.insert(0, os.getcwd())  # users' own classes are found beside them
+    console = Console(width=None if sys.stdout.isatty() else 140)
+    _quiet()
+    _command(arguments, rest, console, asked)
+
+
+def _parser() -> _Parser:
     form = argparse.RawDescriptionHelpFormatter
     about = "Train models with 100 to 10,000 tasks."
     parser = _Parser(prog="mtrain", description=about, epilog=FIRST_RUN, formatter_class=form, allow_abbrev=False)
@@ -167,98 +184,86 @@ def _run(argv: list[str], asked: Callable[[], int | None]) -> None:
     bench.add_argument("name", choices=list(BENCHES), help="what is measured")
     bench.add_argument("--json", type=Path, metavar="FILE", help="file for the figures")
     bench.add_argument("--case", action="append", help="only this case (repeatable; not of step, stream and treatment)")
+    return parser
 
-    arguments, rest = parser.parse_known_args(argv)
-    with_config = arguments.command in ("train", "tasks", "baseline", "partition", "plan")
-    if rest and not with_config and arguments.command not in ("init", "tune"):
-        parser.error(f"unrecognized arguments: {' '.join(rest)}")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    sys.path.insert(0, os.getcwd())  # users' own classes are found beside them
-    console = Console(width=None if sys.stdout.isatty() else 140)
-    _quiet()
-    if arguments.command == "bench":
-        _bench(arguments)
-        return
-    if arguments.command == "init":
-        from mtrain.report.init import init as write_config
 
-        given: dict[str, Any] = {}
-        override(given, [*_given(arguments), *rest])
-        write_config(arguments.data, arguments.output, given, arguments.force, console)
-        return
-    from mtrain import runs
-
+def _command(arguments: argparse.Namespace, rest: list[str], console: Console, asked: Callable[[], int | None]) -> None:
+    """Run a command. Each imports what it needs itself, for torch and datasets take seconds."""
     if arguments.command in ("eval", "predict", "calibrate", "export", "consolidate"):
         from mtrain.baseline.command import refuse_baselines
 
         named = arguments.source if arguments.command == "consolidate" else arguments.run
         refuse_baselines(named if isinstance(named, list) else [named])
-    if with_config:
-        config = load_config(arguments.config, rest)
-        beside = arguments.config.parent
-        if arguments.command == "tasks":
-            runs.show_tasks(config, beside, console, arguments.all)
-            return
-        if arguments.command == "plan":
+    if arguments.command in ("train", "tasks", "baseline", "partition", "plan"):
+        config, beside = load_config(arguments.config, rest), arguments.config.parent
+        path = Path(config.run_dir or Path("runs") / arguments.config.stem)
+    match arguments.command:
+        case "init":
+            from mtrain.report.init import init
+
+            given: dict[str, Any] = {}
+            override(given, [*_given(arguments), *rest])
+            init(arguments.data, arguments.output, given, arguments.force, console)
+        case "train":
+            from mtrain.runs import train
+
+            train(config, beside, path, console, arguments.resume, asked)
+        case "tasks":
+            from mtrain.runs import show_tasks
+
+            show_tasks(config, beside, console, arguments.all)
+        case "eval":
+            from mtrain.runs import evaluate
+
+            evaluate(arguments.run, console)
+        case "predict":
+            from mtrain.ship.predict import predict
+
+            predict(
+                arguments.run,
+                arguments.data,
+                arguments.output,
+                console,
+                calibrated=not arguments.no_calibration,
+                all_tasks=arguments.all_tasks,
+                keep=arguments.keep,
+                own_task=arguments.own_task,
+            )
+        case "tune":
+            from mtrain.tune import tune
+
+            tune(arguments.config, rest, arguments.trials, console, arguments.space)
+        case "calibrate":
+            from mtrain.ship.calibrate import calibrate
+
+            calibrate(arguments.run, console, arguments.strength, arguments.force)
+        case "export":
+            from mtrain.ship.export import export
+
+            with_onnx, calibrated = not arguments.no_onnx, not arguments.no_calibration
+            export(arguments.run, arguments.output, console, arguments.tasks, onnx=with_onnx, calibrated=calibrated)
+        case "report":
+            from mtrain.report.html import write_report
+
+            write_report(arguments.run, arguments.output, arguments.resamples, console)
+        case "baseline":
+            from mtrain.baseline.command import baseline
+
+            baseline(config, beside, path, arguments.output, console)
+        case "partition":
+            from mtrain.data.partition import partition
+
+            partition(config, beside, arguments.output, console, arguments.rows)
+        case "plan":
             from mtrain.report.plan import show_plan
 
             show_plan(config, beside, arguments.ranks, arguments.memory, console, arguments.fsdp)
-            return
-        if arguments.command == "partition":
-            from mtrain.data.partition import partition as rewrite
+        case "consolidate":
+            from mtrain.train.consolidate import consolidate
 
-            rewrite(config, beside, arguments.output, console, arguments.rows)
-            return
-        path = Path(config.run_dir or Path("runs") / arguments.config.stem)
-        if arguments.command == "baseline":
-            from mtrain.baseline.command import baseline as fit_baselines
-
-            fit_baselines(config, beside, path, arguments.output, console)
-            return
-        runs.train(config, beside, path, console, arguments.resume, asked)
-    elif arguments.command == "eval":
-        runs.evaluate(arguments.run, console)
-    elif arguments.command == "report":
-        from mtrain.report.html import write_report
-
-        write_report(arguments.run, arguments.output, arguments.resamples, console)
-    elif arguments.command == "consolidate":
-        from mtrain.train.consolidate import consolidate as convert
-
-        convert(arguments.source, arguments.output, console)
-    elif arguments.command == "tune":
-        from mtrain.tune import tune as search
-
-        search(arguments.config, rest, arguments.trials, console, arguments.space)
-    elif arguments.command == "calibrate":
-        from mtrain.ship.calibrate import calibrate as fit
-
-        fit(arguments.run, console, arguments.strength, arguments.force)
-    elif arguments.command == "export":
-        from mtrain.ship.export import export as write
-
-        write(
-            arguments.run,
-            arguments.output,
-            console,
-            arguments.tasks,
-            onnx=not arguments.no_onnx,
-            calibrated=not arguments.no_calibration,
-        )
-    else:
-        from mtrain.ship.predict import predict as write_predictions
-
-        calibrated = not arguments.no_calibration
-        write_predictions(
-            arguments.run,
-            arguments.data,
-            arguments.output,
-            console,
-            calibrated,
-            arguments.all_tasks,
-            arguments.keep,
-            arguments.own_task,
-        )
+            consolidate(arguments.source, arguments.output, console)
+        case "bench":
+            _bench(arguments)
 
 
 def _bench(arguments: argparse.Namespace) -> None:

@@ -254,6 +254,12 @@ def test_wrong_commands_are_refused(refused, argv, message):
     assert message in refused(argv=argv)
 
 
+def test_a_command_of_one_process_is_refused_under_a_launcher(refused, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    line = refused(argv=["baseline", "c.yaml"])
+    assert "baseline runs in one process, found 2 of a launcher; start it as: mtrain baseline ..." in line
+
+
 def test_a_run_with_another_configuration_is_not_overwritten(refused, tmp_path):
     table().to_csv("t.csv", index=False)
     Path("o.yaml").write_text(yaml.safe_dump(GRID))

@@ -12,6 +12,8 @@ from torch import nn
 
 from mtrain.cli import main
 from mtrain.data.features import Encoded, Feature
+from mtrain.errors import UserError
+from mtrain.ship import Predictor
 
 N = 60
 
@@ -61,6 +63,8 @@ class Own(Feature):
             x[x[:, 0] == 17, 1] = np.nan
             self.on_invalid = "skip"
             valid = (x[:, 0] != 17) | (self.fails == "nan")
+        if self.fails == "below 0":
+            x[x[:, 0] < 0, 1] = np.nan
         return Encoded(x, valid)
 
     def fit(self, values, columns):
@@ -160,6 +164,23 @@ def test_a_feature_that_breaks_its_contract_is_named(train, fails, words, stream
 def test_rows_that_are_not_valid_may_hold_anything(train, streaming):
     data = {"streaming": streaming, "max_invalid": 0.5}
     assert train({"inputs": {"x*": own("Own", "nan not valid")}, "data": data})[0] == 0
+
+
+def test_new_rows_whose_features_are_not_finite_are_named(train, capsys):
+    assert train({"inputs": {"x*": own("Own", "below 0")}})[0] == 0
+    new = pd.DataFrame({"x1": [1.0, 2.0, -3.0], "x2": 0.5})
+    new.to_csv("new.csv", index=False)
+    words = "row 3: Own gives nan at position 2, expected finite numbers that fit float32"
+    with pytest.raises(SystemExit) as stopped:
+        main(["predict", "run", "new.csv", "-o", "p.csv"])
+    said = capsys.readouterr().err
+    assert (stopped.value.code, said.count("\n"), Path("p.csv").exists()) == (2, 1, False)
+    assert words in said
+    with pytest.raises(SystemExit) as stopped:
+        main(["export", "run", "-o", "shipped", "--no-onnx"])
+    assert stopped.value.code == 0
+    with pytest.raises(UserError, match=words):
+        Predictor.load("shipped").predict(new)
 
 
 def test_a_feature_that_is_none_is_refused(train):

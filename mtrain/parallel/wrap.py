@@ -7,19 +7,20 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from datetime import timedelta
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType, GradScalerKwargs, InitProcessGroupKwargs
 from torch import nn
-from torch.distributed.fsdp import FSDPModule
-from torch.distributed.fsdp.wrap import size_based_auto_wrap_policy, transformer_auto_wrap_policy
 from torch.nn.parallel import DistributedDataParallel
 
 from mtrain.config import Config
 from mtrain.errors import UserError
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
 
 _SINGLE = (DistributedType.NO,)
 _DDP = (DistributedType.MULTI_GPU, DistributedType.MULTI_CPU)
@@ -85,6 +86,8 @@ def prepare(accelerator: Accelerator, trunk: nn.Module, optimizer: torch.optim.O
         )
     wanted: type = DistributedDataParallel
     if getattr(accelerator.state, "fsdp_plugin", None) is not None:
+        from torch.distributed.fsdp import FSDPModule  # its import takes a second, so only where it is used
+
         wanted = FSDPModule
         accelerator.state.distributed_type = DistributedType.FSDP  # accelerate forgets it when an optimizer is prepared
         _fit_fsdp(accelerator, trunk)
@@ -101,6 +104,8 @@ def _fit_fsdp(accelerator: Accelerator, trunk: nn.Module) -> None:
     which FSDP2 refuses: here it is the classes of modules with so many parameters of their own. In mixed precision it would
     round the inputs, which may be token ids: autocast casts them where they are multiplied.
     """
+    from torch.distributed.fsdp.wrap import size_based_auto_wrap_policy, transformer_auto_wrap_policy
+
     plugin = accelerator.state.fsdp_plugin
     by_size = plugin.auto_wrap_policy is size_based_auto_wrap_policy
     if by_size or (plugin.auto_wrap_policy is transformer_auto_wrap_policy and plugin.transformer_cls_names_to_wrap is None):
@@ -117,11 +122,16 @@ def _fit_fsdp(accelerator: Accelerator, trunk: nn.Module) -> None:
         trunk.forward = accelerator.autocast()(trunk.forward)
 
 
+def sharded(tensor: torch.Tensor) -> TypeGuard[DTensor]:
+    """Whether it is a DTensor, as FSDP2's are; asked without the second that their import takes."""
+    return hasattr(tensor, "device_mesh")
+
+
 @contextmanager
 def unsynchronised(model: nn.Module) -> Iterator[None]:
     """Gradients inside the block are not averaged over ranks, as another backward will add to them."""
-    inner = getattr(model, "_orig_mod", model)
-    if isinstance(inner, FSDPModule):
+    inner: Any = getattr(model, "_orig_mod", model)
+    if hasattr(inner, "set_requires_gradient_sync"):  # FSDP2
         inner.set_requires_gradient_sync(False)
         try:
             yield

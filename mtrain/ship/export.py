@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from rich.console import Console
 
 from mtrain.config import Config
-from mtrain.data.features import encode_column
+from mtrain.data.features import encode_column, transform_rows
 from mtrain.data.files import open_tasks
 from mtrain.data.sources import open_data
 from mtrain.data.tables import Table
@@ -130,8 +130,8 @@ def _sample(config: Config, model: LoadedModel, console: Console) -> NDArray[np.
         say(console, f"note: the run's data cannot be read, the model is checked on random inputs ({error})")
         return np.random.default_rng(0).normal(size=(CHECKED_ROWS, model.width)).astype(np.float32)
     valid_N = np.logical_and.reduce([one.valid for one in encoded])
-    blocks = [item.feature.transform(one.values[valid_N]) for item, one in zip(model.features, encoded, strict=True)]
-    x_NF = np.concatenate(blocks, axis=1, dtype=np.float32)
+    blocks = [transform_rows(one, item.columns, item.feature) for item, one in zip(model.features, encoded, strict=True)]
+    x_NF = np.concatenate(blocks, axis=1)[valid_N]
     return np.resize(x_NF, (max(2, len(x_NF)), model.width))  # a single row would be taken for a constant
 
 

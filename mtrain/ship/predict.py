@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from rich.console import Console
 
 from mtrain.config import Config
-from mtrain.data.features import Encoded, encode_column
+from mtrain.data.features import Encoded, encode_column, transform_rows
 from mtrain.data.inputs import located
 from mtrain.data.labels import task_names
 from mtrain.data.sources import local_files, open_data
@@ -96,8 +96,8 @@ class RunPredictor:
                 if key not in encoded:
                     encoded[key] = encode_column(table, item.columns, item.feature, self.config.data.workers)
                     valid_N &= encoded[key].valid
-                blocks.append(item.feature.transform(encoded[key].values))
-            x_NF = torch.from_numpy(np.concatenate(blocks, axis=1, dtype=np.float32))
+                blocks.append(transform_rows(encoded[key], item.columns, item.feature))
+            x_NF = torch.from_numpy(np.concatenate(blocks, axis=1))
             if values.takes_tasks and self.all_tasks:
                 sum_NV += _as_each_task(values, x_NF)[:, order]
                 continue

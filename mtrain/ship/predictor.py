@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from mtrain.components import Spec, build
 from mtrain.data import FEATURES
-from mtrain.data.features import Feature, encode_column
+from mtrain.data.features import Feature, encode_column, transform_rows
 from mtrain.errors import UserError, nearest
 from mtrain.ship.columns import Output, to_table
 
@@ -118,8 +118,8 @@ class Predictor:
         if not len(rows):
             return np.empty((0, sum(len(output.values) for output in self.outputs)))
         encoded = [encode_column(rows, names, feature, cache=False) for names, feature in self._features]
-        blocks = [feature.transform(one.values) for (_, feature), one in zip(self._features, encoded, strict=True)]
-        x_NF = np.concatenate(blocks, axis=1, dtype=np.float32)
+        blocks = [transform_rows(one, names, feature) for (names, feature), one in zip(self._features, encoded, strict=True)]
+        x_NF = np.concatenate(blocks, axis=1)
         value_NV = np.concatenate([self.model(x_NF[at : at + ROWS]) for at in range(0, len(x_NF), ROWS)])
         value_NV[~np.logical_and.reduce([one.valid for one in encoded])] = np.nan
         return value_NV

@@ -27,11 +27,9 @@ from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor, Replicate
-from torch.distributed.tensor import Shard as Sharded
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from mtrain.errors import UserError, some
+from mtrain.parallel.wrap import sharded
 from mtrain.train.shards import Damaged, Shard, ShardBuffer, decode, encode, verify
 
 VERSION = 1
@@ -536,8 +534,12 @@ def _own_heads(number: int, stacks: Stacks, layout: list[Any]) -> _Sources:
 
 def _region(tensor: Tensor) -> tuple[Tensor, list[int]]:
     """What this rank holds of a tensor, and its offset in the whole."""
-    if not isinstance(tensor, DTensor):
+    if not sharded(tensor):
         return tensor.detach(), [0] * tensor.dim()
+    from torch.distributed.tensor import Replicate
+    from torch.distributed.tensor import Shard as Sharded
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
     if any(type(placement) not in (Replicate, Sharded) for placement in tensor.placements):
         raise TypeError(f"checkpoint: a tensor is placed as {tensor.placements}: expected Replicate and Shard only")
     _, offset = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
@@ -546,12 +548,12 @@ def _region(tensor: Tensor) -> tuple[Tensor, list[int]]:
 
 def _writes(tensor: Tensor, rank: int) -> bool:
     """Whether this rank writes what it holds: of several that hold the same one does."""
-    if not isinstance(tensor, DTensor):
+    if not sharded(tensor):
         return rank == 0
     place = tensor.device_mesh.get_coordinate()
     if place is None or not tensor.to_local().numel():
         return False
-    return all(at == 0 for at, placement in zip(place, tensor.placements, strict=True) if isinstance(placement, Replicate))
+    return all(at == 0 for at, placement in zip(place, tensor.placements, strict=True) if placement.is_replicate())
 
 
 def _layer(key: str) -> int | None:

@@ -13,7 +13,6 @@ import torch
 from accelerate import Accelerator
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from mtrain.components import is_own
 from mtrain.config import HeadConfig, TrainConfig
@@ -22,7 +21,7 @@ from mtrain.errors import UserError
 from mtrain.model.dropout import row_keys
 from mtrain.model.heads import HeadBank
 from mtrain.parallel.shard import Shard
-from mtrain.parallel.wrap import unsynchronised
+from mtrain.parallel.wrap import sharded, unsynchronised
 from mtrain.train.balancing import Balancing
 from mtrain.train.hot_heads import HotHeads, PieceLoss
 from mtrain.train.objective import Objective, Piece, pieces, routes
@@ -366,7 +365,7 @@ class Stepper:
         unscale = 1.0 if self.scale is None else 1 / self.scale.value
         grads = [p.grad for p in self.trunk_parameters if p.grad is not None]
         total = torch.nn.utils.get_total_norm(grads)
-        if isinstance(total, DTensor):
+        if sharded(total):
             total = total.full_tensor()
         norm = float(torch.where(window.bad_features == 0, total, torch.nan)) * unscale
         finite = math.isfinite(norm)
