@@ -77,11 +77,12 @@ class DataConfig(Section):
     in_memory: bool = False
     """Copy the table to memory in place of memory-mapping it."""
     key: str | None = None
-    """Column that says which rows are the same entity (a molecule, a customer): never split over parts."""
+    """Column that says which rows are the same entity (a molecule, a customer). They stay in one part, unless split.by is
+    within_task, time, column or sources."""
     task: str | None = None
     """routed, pairs: the column with the task's name."""
     label: str | None = None
-    """routed, pairs: the column with the label."""
+    """routed, pairs: the column with the label; files: of every task whose table row names none."""
     weight: str | None = None
     """Column of sample weights."""
     missing_labels: list[Annotated[float, AllowInfNan()] | str] = Field(default_factory=list)
@@ -214,7 +215,27 @@ class TasksConfig(Section):
 
 
 class SplitConfig(Section):
-    """Which rows (pairs: labels) train, validate and test."""
+    """Which rows (pairs: labels) train, validate and test.
+
+    by
+        random       rows (whole keys if there is a key that repeats) in a random order
+        stratified   at random within each class of `column`, whole keys
+        group        whole groups of `column` (or of the key)
+        scaffold     whole Bemis-Murcko scaffolds of the SMILES in `column`: the largest first, so to train
+        time         by `column`, the oldest to train
+        within_task  at random within each task, each task keeping at least one training row
+        kfold        test is fold `fold` of `folds` (whole keys), valid the next one
+        column       the values of `column` name the part
+        sources      the sources' own splits name the part (as `column` does)
+    parts
+        random ... within_task: a fraction each, which sum to 1; {} is 0.8, 0.1, 0.1.
+        kfold: {}, or {valid: share}: that share of the other folds' units at random in place of the next fold.
+        column, sources: a value or a list of values each ("" is a missing value); a number is that share of `train`'s
+        rows, drawn at random. Every value that occurs must be named: what is to be left out gets a part of its own,
+        such as `unused: [x]`, and is counted there. {} for sources: each source's split is a part of that name.
+    balanced
+        scaffold: in a random order, but scaffolds larger than half the smallest part first.
+    """
 
     by: Literal["random", "column", "stratified", "group", "scaffold", "time", "within_task", "kfold", "sources"] = "random"
     """What is dealt out; `sources`: the data's own splits (a hub data set's, or the names in `data.path`)."""
@@ -449,7 +470,7 @@ class Config(Section):
     run_dir: str | None = None
     """Place of the run; default runs/<name of the config>."""
     init_from: str | None = None
-    """A run whose trunk, and heads of tasks with the same name and shape, are the start."""
+    """A run whose trunk, and heads of tasks with the same name, kind, classes and layers, are the start."""
     freeze: list[Literal["trunk", "heads"]] = Field(default_factory=list)
     """Parts that are not trained."""
 

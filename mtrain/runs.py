@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import glob
 import hashlib
 import os
 import re
@@ -25,6 +24,7 @@ from mtrain.config import Config, DataConfig, differences, to_yaml
 from mtrain.data import FEATURES
 from mtrain.data.inputs import FeatureColumn
 from mtrain.data.prepare import Prepared, prepare, read_source
+from mtrain.data.sources import folder_of, search_folders
 from mtrain.errors import UserError, some
 from mtrain.model.head_options import head_forms, with_parents
 from mtrain.model.trunks import shared_network
@@ -93,13 +93,14 @@ def _train(
     source = _first_here(accelerator, world, lambda: read_source(config, beside))
     resolved = config.model_copy(update={"inputs": source.input_specs(), "data": _located(config.data, beside)})
     seeds = config.split.seeds
+    run_of = run.by_seed(seeds)
 
     def trainer(seed: int) -> Trainer:
         data = _first_here(accelerator, world, lambda: prepare(source, seed))
         with _out_of_memory(config):
             _check_alike(world, resolved, data)
             return world.together(
-                lambda: Trainer(data, config.of_split(seed), run, accelerator, world, trackers[seed], console, asked)
+                lambda: Trainer(data, config.of_split(seed), run_of[seed], accelerator, world, trackers[seed], console, asked)
             )
 
     first: Trainer | None = trainer(seeds[0])  # what is wrong is said before anything is written
@@ -110,13 +111,12 @@ def _train(
         tables.print_plan(first.plan, accelerator.distributed_type.value, console)
     tables.print_notes(first.prepared.notes, console)
     summaries = []
-    for i, (seed, one) in enumerate(zip(seeds, run.splits(), strict=True)):
+    for i, (seed, one) in enumerate(run_of.items()):
         if len(seeds) > 1:
             console.print(f"split seed {seed} ({i + 1} of {len(seeds)})", highlight=False)
             if world.is_first:
                 one.start(resolved.of_split(seed))
         current, first = first or trainer(seed), None
-        current.run_dir = one
         start = world.together(partial(_start, one, current.tasks, resume, console))
         _save_inputs(one, current.prepared)
         with _out_of_memory(config):
@@ -334,10 +334,10 @@ def _located(data: DataConfig, beside: Path) -> DataConfig:
     paths = data.table or (data.path if isinstance(data.path, list | str) else next(iter(data.path.values())))
     path = paths if isinstance(paths, str) else paths[0]
     moving = None if data.root else os.environ.get("MTRAIN_DATA")
-    for folder in (data.root or moving, ".", beside):
-        if folder is not None and glob.glob(str(Path(folder) / path)):
-            return data if folder == moving else data.model_copy(update={"root": str(Path(folder).resolve())})
-    return data
+    folder = folder_of(path, search_folders(data.root, beside))
+    if folder is None or (moving and folder == Path(moving)):
+        return data
+    return data.model_copy(update={"root": str(folder.resolve())})
 
 
 @contextmanager

@@ -106,9 +106,6 @@ class TaskTable(Sequence[Task]):
         }
         return pa.table(columns | self.stats)
 
-    def save(self, path: Path) -> None:
-        pq.write_table(self.to_arrow(), path)
-
     @staticmethod
     def load(path: Path) -> TaskTable:
         table = pq.read_table(path)

@@ -171,6 +171,8 @@ def tune(path: Path, words: Sequence[str], trials: int, console: Console, space_
         except UserError as error:
             study.tell(trial, state=state.FAIL)
             if not _complete(optuna, study):
+                if AS_CONFIGURED in trial.user_attrs:  # again, when what is wrong is mended
+                    study.enqueue_trial(trial.params, user_attrs=trial.user_attrs)
                 raise
             say(console, f"trial {trial.number}: cannot be trained: {error}")
             continue
@@ -194,19 +196,24 @@ def _study(optuna: Any, folder: Path, config: Config, space: Mapping[str, Range]
     """The study in a directory; a new one where there is none.
 
     Raises:
-        UserError: the directory is something else, or of a study over another space.
+        UserError: the directory is something else, or of a study that cannot be opened or is over another space.
     """
+    from sqlalchemy.exc import SQLAlchemyError
+
     told = {key: allowed.model_dump(mode="json") for key, allowed in space.items()}
-    if folder.exists() and not (folder / STUDY).is_file() and any(folder.iterdir()):
+    if folder.exists() and not (folder / STUDY).is_file() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"run_dir {folder}: exists and is not of mtrain tune; choose another --run_dir")
+    if "?" in str(folder):  # the address of the database would end there
+        raise UserError(f"run_dir {folder}: expected a name without '?'; choose another --run_dir")
     folder.mkdir(parents=True, exist_ok=True)
     better = "maximize" if HIGHER_IS_BETTER.get(config.select.metric, True) else "minimize"
-    study = optuna.create_study(
-        storage=f"sqlite:///{folder / STUDY}",
-        study_name="mtrain",
-        direction=better,
-        load_if_exists=True,
-    )
+    try:
+        study = optuna.create_study(
+            storage=f"sqlite:///{folder / STUDY}", study_name="mtrain", direction=better, load_if_exists=True
+        )
+    except SQLAlchemyError as error:
+        reason = getattr(error, "orig", error)
+        raise UserError(f"run_dir {folder}: {STUDY} cannot be opened: {reason}; choose another --run_dir") from error
     begun = len(study.get_trials(deepcopy=False))  # or a search that goes on would draw again what it began with
     study.sampler = optuna.samplers.TPESampler(seed=config.train.seed + begun)
     if study.user_attrs.get("space", told) != told:

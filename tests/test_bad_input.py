@@ -121,6 +121,8 @@ def changed(column, value, row=None):
         ({"tracker": "wandbb"}, "tracker: 'wandbb' is unknown; did you mean 'wandb'?"),
         ({"select": {"metric": "roc_aucc"}}, "select.metric: 'roc_aucc' is not a metric"),
         ({"train": {"ephocs": 3}}, "c.yaml: train.ephocs: unknown option; did you mean 'epochs'?"),
+        ({"objective": {"balancing": {"level": "trunk"}}}, "objective.balancing.level: equal takes no gradients of tasks"),
+        ({"objective": {"balancing": {"every": 2}}}, "objective.balancing.every: equal takes no gradients of tasks"),
         ({"init_from": "nowhere"}, "holds no config.yaml"),
         ({"freeze": ["trunk", "heads"]}, "nothing is left to train"),
         ({"tasks": {"by_name": {"flag": {"reads": []}}}}, "flag.reads: found []; expected at least one"),

@@ -309,7 +309,7 @@ def fitted(tmp_path, monkeypatch):
     assert mtrain("baseline", "c.yaml", "--run_dir", "run") == 0
 
 
-def test_a_baseline_is_refused_where_a_model_is_needed(fitted, capsys):
+def test_a_baseline_is_refused_where_a_model_is_needed(fitted, tmp_path, capsys):
     for words in (
         ("predict", "run", "run/baseline-linear", "table.parquet", "-o", "out.csv"),
         ("eval", "run/baseline-linear"),
@@ -320,6 +320,10 @@ def test_a_baseline_is_refused_where_a_model_is_needed(fitted, capsys):
         capsys.readouterr()
         assert mtrain(*words) == 2
         assert capsys.readouterr().err.startswith("mtrain: run run/baseline-linear: is a baseline, which keeps no model")
+    (tmp_path / "run" / "baseline-linear" / "checkpoints" / "step-00000001").mkdir(parents=True)
+    command.refuse_baselines(
+        [tmp_path / "run" / "baseline-linear"]
+    )  # a trained run that lost a file, which is said where it is read
 
 
 def test_other_processes_are_quiet(tmp_path, fitted, capsys, monkeypatch):

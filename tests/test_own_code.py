@@ -1,5 +1,6 @@
 """Mistakes in the user's own classes, on the command line: one clear line, exit status 2, before a run is written."""
 
+import shutil
 import sys
 from pathlib import Path
 
@@ -40,6 +41,18 @@ class Trunk(nn.Module):
         if self.fails == "memory" and self.training:
             raise RuntimeError("not enough memory: you tried to allocate memory for it")
         return z
+
+
+class Necked(nn.Module):
+    """Ends in its neck, or not."""
+
+    def __init__(self, in_features: int, fails: bool):
+        super().__init__()
+        self.first, self.neck, self.fails = nn.Linear(in_features, 8), nn.Linear(8, 4), fails
+
+    def forward(self, x):
+        z = self.neck(self.first(x).relu())
+        return z.relu() if self.fails else z
 
 
 class Own(Feature):
@@ -125,6 +138,23 @@ def test_a_trunk_that_fails_in_training_is_named(train, fails, words):
     code, said = train({"model": {"trunk": own("Trunk", fails)}})
     assert (code, said.count("\n")) == (2, 1)
     assert said.startswith(f"mtrain: model.trunk: Trunk fails in training with {words}")
+
+
+NORMS = {"balancer": "gradnorm"}
+
+
+def test_gradients_are_taken_at_the_neck_of_a_trunk(train):
+    trunk = own("Necked", fails=False)
+    assert train({"model": {"trunk": trunk}, "objective": NORMS})[0] == 0
+
+
+def test_a_neck_that_does_not_give_the_features_is_refused_where_gradients_are_taken(train):
+    trunk = own("Necked", fails=True)
+    code, said = train({"model": {"trunk": trunk}, "objective": NORMS})
+    assert (code, said.count("\n")) == (2, 1)
+    assert "mtrain: model.trunk: its `neck`, where gradients per task are taken, does not give what forward returns;" in said
+    shutil.rmtree("run")
+    assert train({"model": {"trunk": trunk}, "objective": NORMS | {"balancing": {"level": "features"}}})[0] == 0
 
 
 def test_memory_that_does_not_suffice_is_no_mistake_of_the_trunk(train):

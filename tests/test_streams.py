@@ -17,6 +17,9 @@ import yaml
 
 import mtrain
 from mtrain.cli import main
+from mtrain.config import Config
+from mtrain.data.batch import Pairs
+from mtrain.data.prepare import prepare, read_source
 from mtrain.train.loop import Trainer
 from mtrain.train.run_dir import RunDir
 
@@ -68,6 +71,15 @@ def save(config, name="c.yaml", **changes):
 def curve(path):
     lines = [json.loads(line) for line in (Path(path) / "metrics.jsonl").read_text().splitlines()]
     return [{k: v for k, v in line.items() if k not in ("rows_per_second", "data_wait")} for line in lines]
+
+
+def test_rows_of_a_few_files_have_one_label_each_and_no_empty_ones(here):
+    """A table of 12 tasks, one in twelve of whose labels is there, must not be taken for a grid of missing labels."""
+    write_files()
+    source = read_source(Config.model_validate(CONFIG), Path())
+    labels = prepare(source, 0).parts["train"].labels
+    assert isinstance(labels, Pairs)
+    assert torch.equal(labels.row_P, torch.arange(labels.num_rows))
 
 
 def losses(path):

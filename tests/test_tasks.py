@@ -1,5 +1,6 @@
 import numpy as np
 import pandas as pd
+import pyarrow.parquet as pq
 import pytest
 import yaml
 
@@ -28,7 +29,7 @@ def test_a_table_comes_back_from_its_file_as_it_was(tmp_path):
     tasks = TaskTable((*TASKS, Task("g", Own(delta=0.1), label="g")))
     task_P = np.repeat(np.arange(7), 4)
     tasks = with_statistics(tasks, task_P, np.tile([0.0, 1.0, 1.0, 0.0], 7), TargetsConfig(), False)
-    tasks.save(tmp_path / "tasks.parquet")
+    pq.write_table(tasks.to_arrow(), tmp_path / "tasks.parquet")
     back = TaskTable.load(tmp_path / "tasks.parquet")
     assert back.tasks == tasks.tasks
     assert back.stats.keys() == tasks.stats.keys()

@@ -123,6 +123,37 @@ def test_a_first_trial_that_was_stopped_is_tried_again_as_configured(config, tmp
     assert "1, as configured" in capsys.readouterr().out
 
 
+def test_a_config_that_could_not_be_trained_is_the_first_trial_when_it_is_mended(config, tmp_path, trainings, monkeypatch):
+    words = ["tune", config, "--run_dir", tmp_path / "tuned", "--trials", "2"]
+
+    def refused(*_):
+        raise UserError("data.path: no such file")
+
+    with monkeypatch.context() as once:
+        once.setattr("mtrain.runs.train", refused)
+        assert mtrain(*words) == 2
+    assert mtrain(*words) == 0
+    assert [one.train.lr for one in trainings].index(load_config(config).train.lr) == 0
+    assert [trial.user_attrs for trial in trials(tmp_path / "tuned")] == [{"as_configured": True}, {"as_configured": True}, {}]
+
+
+def test_a_run_dir_that_cannot_hold_a_study_is_said_in_a_line(config, tmp_path, capsys):
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "damaged").mkdir()
+    (tmp_path / "damaged" / "study.db").write_text("garbage" * 1000)
+    for name, words in (
+        ("file", "exists and is not of mtrain tune"),
+        ("damaged", "study.db cannot be opened: file is not a database"),
+        ("a?b", "expected a name without '?'"),
+    ):
+        assert mtrain("tune", config, "--trials", "1", "--run_dir", tmp_path / name) == 2
+        error = capsys.readouterr().err
+        assert f"run_dir {tmp_path / name}: " in error
+        assert words in error
+        assert len(error.splitlines()) == 1
+    assert (tmp_path / "file").read_text() == "mine"
+
+
 def test_settings_that_the_space_has_not_are_named(config, tmp_path, trainings, capsys):
     words = ["--space", tmp_path / "space.yaml", "--run_dir", tmp_path / "tuned", "--trials", "1"]
     assert mtrain("tune", config, *words, "--train.lr", "0.2", "--model.head.hidden", "[16]") == 0

@@ -10,9 +10,7 @@ and every layout is a choice of units (`Factors`):
 - routed and pairs: a label; x_n is its row of x, y_n the gradient of its loss at its row of z (`routed_factors`);
 - grid: a unit of the first layer of a head; y_n is its weight v_n, and x_n = sum over rows b of g_nb x_b with g_nb the gradient
   at that unit's output (`grid_sums`, `grid_factors`). No gradient at z is built for each task. With x = identity, that is
-  `grid_factors(g_AHB, v_AHD)`, the same expressions give norms and inner products of the gradients at the features z;
-- labels of heads that are linear in z, more of them in a task than the head has first units: sum g_p x_p by task
-  (`task_gradients` of `routed_factors(x_BI, g_PH, ...)`), then `grid_factors`.
+  `grid_factors(g_AHB, v_AHD)`, the same expressions give norms and inner products of the gradients at the features z.
 
 Then <g_s, g_t> = sum over m in s, n in t of <x_m, x_n> <y_m, y_n>. Gradients of a task add up over ranks and micro-batches,
 their norms do not: what may be added is `grid_sums` and `task_gradients`.
@@ -24,7 +22,6 @@ All in float32 at least. Not differentiable.
 
 from __future__ import annotations
 
-import math
 from bisect import bisect_right
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -63,15 +60,17 @@ def neck_inputs(h_BI: Tensor, bias: bool = True) -> Tensor:
 
 
 @torch.no_grad()
-def routed_factors(x_BI: Tensor, delta_PD: Tensor, slot_P: Tensor, num_tasks: int, row_P: Tensor | None = None) -> Factors:
-    """The units of P labels: label p of task `slot_P[p]` reads row `row_P[p]` of x (by default row p).
+def routed_factors(x_PI: Tensor, delta_PD: Tensor, slot_P: Tensor, num_tasks: int) -> Factors:
+    """The units of P labels.
 
     Args:
+        x_PI: what each label's row has as inputs of the neck.
         delta_PD: gradient at each label's row of z of its term of the objective.
+        slot_P: its task.
     """
     order_P = torch.argsort(slot_P, stable=True)
-    x_PI = x_BI.index_select(0, order_P if row_P is None else row_P[order_P])
-    return Factors(x_PI, _full(delta_PD.index_select(0, order_P)), torch.bincount(slot_P, minlength=num_tasks).cpu())
+    count_A = torch.bincount(slot_P, minlength=num_tasks).cpu()
+    return Factors(x_PI.index_select(0, order_P), _full(delta_PD.index_select(0, order_P)), count_A)
 
 
 @torch.no_grad()
@@ -91,21 +90,11 @@ def grid_sums(g_AHB: Tensor, x_BI: Tensor, memory: int = MEMORY) -> Tensor:
 
 
 @torch.no_grad()
-def grid_factors(c_AHI: Tensor, v_AHD: Tensor, slot_A: Tensor | None = None, num_tasks: int | None = None) -> Factors:
-    """The units of heads with H first units each, from `grid_sums` and the weights of those units.
-
-    Args:
-        slot_A: which of `num_tasks` tasks each head is, where these heads are not all (int64; by default 0 to A - 1).
-    """
+def grid_factors(c_AHI: Tensor, v_AHD: Tensor) -> Factors:
+    """The units of heads with H first units each, from `grid_sums` and the weights of those units."""
     heads, hidden = v_AHD.shape[:2]
-    c_AHI, v_AHD = _full(c_AHI), _full(v_AHD)
-    if slot_A is None:
-        count_A = torch.full((heads,), hidden)
-    else:
-        order_A = torch.argsort(slot_A)
-        c_AHI, v_AHD = c_AHI[order_A], v_AHD[order_A]
-        count_A = torch.zeros(num_tasks or heads, dtype=torch.int64).index_fill_(0, slot_A.cpu(), hidden)
-    return Factors(c_AHI.reshape(heads * hidden, -1), v_AHD.reshape(heads * hidden, -1), count_A)
+    x_NI, y_ND = (_full(each).reshape(heads * hidden, -1) for each in (c_AHI, v_AHD))
+    return Factors(x_NI, y_ND, torch.full((heads,), hidden))
 
 
 @torch.no_grad()
@@ -143,20 +132,11 @@ def gram_cost(num_units: int, num_tasks: int, width_x: int, width_y: int) -> tup
 
 
 @torch.no_grad()
-def gram(factors: Factors, budget: float = math.inf, memory: int = MEMORY) -> Tensor:
-    """<g_s, g_t> `[A, A]`, exact, by the cheaper way of `gram_cost`. Blocks of `memory` bytes hold at least one task.
-
-    Raises:
-        UserError: where it costs more than `budget` multiply-adds.
-    """
+def gram(factors: Factors, memory: int = MEMORY) -> Tensor:
+    """<g_s, g_t> `[A, A]`, exact, by the cheaper way of `gram_cost`. Blocks of `memory` bytes hold at least one task."""
     num_units, width_x = factors.x_NI.shape
     num_tasks, width_y = len(factors.count_A), factors.y_ND.shape[1]
     by_units, by_gradients = gram_cost(num_units, num_tasks, width_x, width_y)
-    if min(by_units, by_gradients) > budget:
-        raise UserError(
-            f"the exact Gram matrix of {num_tasks} tasks with {num_units} units costs {min(by_units, by_gradients):.1e} "
-            f"multiply-adds a step: expected at most {budget:.1e}; use a projection"
-        )
     return _gram_by_units(factors, memory) if by_units <= by_gradients else _gram_by_gradients(factors, memory)
 
 
@@ -285,14 +265,10 @@ def project(c_AHR: Tensor, v_AHD: Tensor, sketch: Sketch, memory: int = MEMORY) 
 
 
 @torch.no_grad()
-def projected_gram(y_AF: Tensor, sketch: Sketch, norm2_A: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def projected_gram(y_AF: Tensor, sketch: Sketch) -> tuple[Tensor, Tensor]:
     """The Gram matrix `[A, A]` estimated from `project`'s Y (those of several head groups one below the other), positive
     semidefinite; and its standard error relative to |g_s| |g_t|: root mean square over all pairs of up to `SAMPLE` tasks,
     from the spread of the independent groups.
-
-    Args:
-        norm2_A: exact squared norms; the estimate is then scaled to have them on its diagonal, for a bias of the order of the
-            error squared. The error reported is that without it.
     """
     gram_AA = _products(y_AF)
     groups = sketch.num_random // BLOCK
@@ -301,9 +277,6 @@ def projected_gram(y_AF: Tensor, sketch: Sketch, norm2_A: Tensor | None = None) 
     norm_a = gram_AA.diagonal()[::every].sqrt()
     variance = (groups * sample @ sample.mT).var(0) / groups / (norm_a[:, None] * norm_a).square()
     error = variance[norm_a > 0][:, norm_a > 0].mean().sqrt().nan_to_num(0)
-    if norm2_A is not None:
-        ratio_A = (norm2_A / gram_AA.diagonal()).sqrt().nan_to_num(0, 0, 0)
-        gram_AA = gram_AA * (ratio_A[:, None] * ratio_A)
     return gram_AA, error
 
 

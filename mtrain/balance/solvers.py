@@ -243,11 +243,6 @@ def cone_minimum(matrix: Tensor, tolerance: float, rounds: int = 24) -> Tensor:
     return best
 
 
-def cone_residual(matrix: Tensor, u: Tensor, bound: Tensor) -> Tensor:
-    """max |min(u - bound, M u)| of each row: how far it is from its solution."""
-    return torch.minimum(u - bound, u @ matrix).abs().amax(1)
-
-
 def _conjugate_gradients(matrix: Tensor, u: Tensor, free: Tensor, tolerance: float) -> Tensor:
     """Rows of u with u^T M u lower over their free coefficients: until the gradients fell to 3 %, or to the tolerance."""
     residual = -(u @ matrix) * free

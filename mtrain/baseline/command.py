@@ -92,7 +92,7 @@ def refuse_baselines(paths: Sequence[Path]) -> None:
         if not (run := RunDir(path)).is_run:
             continue
         one = run.splits()[0].path
-        if (one / "per_task.parquet").is_file() and not (one / "features.json").is_file():
+        if (one / "per_task.parquet").is_file() and not (one / "features.json").is_file() and not run.has_trained:
             raise UserError(
                 f"run {path}: is a baseline, which keeps no model: it is for mtrain report only; name a trained run"
             )

@@ -40,13 +40,16 @@ class Molecules(Feature):
         from rdkit import rdBase
 
         name = only_column(self, table)
-        if not (is_text(table[name].type) or pa.types.is_null(table[name].type)):
-            raise UserError(f"column '{name}' has type {table[name].type}, but {type(self).__name__} reads SMILES text")
+        column = table[name]
+        if pa.types.is_dictionary(column.type):
+            column = column.cast(column.type.value_type)
+        if not (is_text(column.type) or pa.types.is_null(column.type)):
+            raise UserError(f"column '{name}' has type {column.type}, but {type(self).__name__} reads SMILES text")
         num_values, dtype, calculate = self.calculator()
         values = np.zeros((table.num_rows, num_values), dtype)
         valid = np.zeros(table.num_rows, bool)
         with rdBase.BlockLogs():
-            for row, smiles in enumerate(table[name].to_pylist()):
+            for row, smiles in enumerate(column.to_pylist()):
                 if (molecule := parse(smiles)) is not None:
                     values[row], valid[row] = calculate(molecule), True
         return Encoded(values, valid)

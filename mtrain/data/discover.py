@@ -15,6 +15,7 @@ import shlex
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ from mtrain.data.features import is_number
 from mtrain.data.labels import select
 from mtrain.data.prepare import UNNAMED
 from mtrain.data.sources import format_of, is_glob, local_files, open_data, open_many, quiet, require, search_folders
-from mtrain.data.splits import SOURCE
+from mtrain.data.splits import KEEPS_KEYS, SOURCE
 from mtrain.data.tables import ReadError, Table
 from mtrain.errors import UserError, matches, nearest, some
 
@@ -66,6 +67,8 @@ _TASKS = {
 }  # fmt: skip
 _GROUPS = {"task", "assay", "school", "store", "shop", "site", "hospital", "clinic"}  # a last column of numbers is their label
 _ROW_NAMES = re.compile(r"(^|_)(id|no|num|ref|sku)(_|$)|(nr|number|nummer|code|key|name|uuid|guid)(_|$)")
+_NUMBER = r"^\s*[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?\s*$"
+_INDEX = re.compile(r"__index_level_\d+__")
 _SHARD = re.compile(r"(part|shard|chunk|batch|data|table|train|test|valid)[-_.]?\d+([-_.]of[-_.]\d+)?")
 
 
@@ -139,7 +142,7 @@ def discover(given: dict[str, Any], beside: Path | None = None, source: str = "i
     Args:
         given: parts of a config that are settled; the rest is found. `tasks.labels`, `inputs`, and of `data` layout, key, task
             and label also steer what is found.
-        beside: folder of the config, see `open_table`.
+        beside: folder of the config, see `search_folders`.
         source: who gave it: begins the message of an unknown or wrong key.
 
     Raises:
@@ -162,11 +165,17 @@ def discover(given: dict[str, Any], beside: Path | None = None, source: str = "i
     for name in ("task", "label", "key"):
         if said.get(name) is not None:
             require([c for c in seen.columns if c != SOURCE], said[name], f"data.{name}")
+    for one, other in combinations(("task", "label", "key"), 2):
+        if said.get(one) is not None and said.get(one) == said.get(other):
+            raise UserError(f"data.{one} and data.{other}: are both '{said[one]}', expected different columns")
 
     data: dict[str, Any] = {"path": path}
     _put_said(seen, settled, said, layout)
     seen.wanted = _wanted(seen, wanted)
     _put_aside(seen)
+    if all(re.match(_NUMBER, name) for name in seen.columns) and any("." in name for name in seen.columns):
+        shown = some(list(seen.columns), 3)
+        seen.notes.append(f"the names of columns ({shown}) seem to be values: if the file has no header, give it one")
     dates = [c for c in seen.columns.values() if c.form == "date"]
     split = _split(seen)
     if weight := next((c for c in seen.free("number") if c.plain in _WEIGHTS and c.low >= 0 and not c.missing), None):
@@ -177,7 +186,9 @@ def discover(given: dict[str, Any], beside: Path | None = None, source: str = "i
     else:
         data |= _long(seen, said, layout) or {"layout": "grid"}
     is_grid = data["layout"] == "grid"
-    if key := _keys(seen, data.get("key") or said.get("key")):
+    split = split or _default_split(data["layout"])
+    by = settled.split.by if "by" in (given.get("split") or {}) else split["by"]
+    if key := _keys(seen, data.get("key") or said.get("key"), by):
         data["key"] = key
     if is_grid:
         seen.why["data.layout"] = "a column for each task"
@@ -190,8 +201,7 @@ def discover(given: dict[str, Any], beside: Path | None = None, source: str = "i
     specs = _inputs(seen)
     names = _label_names(seen) if is_grid and settled.tasks.labels.include == ["*"] else None
     tasks = {"labels": names} if names else {}
-    split = split or _default_split(data["layout"])
-    if settled.split.by != split["by"] and "by" in (given.get("split") or {}):
+    if by != split["by"]:
         split = {}  # parts and column belong to another way
     if dates and split.get("by") in ("random", "within_task"):
         _propose_time(seen, dates[0])
@@ -376,9 +386,13 @@ def _put_aside(seen: _Seen) -> None:
     """Columns that are nothing: unnamed, empty, constant, of an unknown type."""
     unnamed = [c for c in seen.free() if c.name.startswith(UNNAMED) or not c.name.strip()]
     seen.put(unnamed, "left out", "", "no name in the file")
+    index = [c for c in seen.free() if _INDEX.fullmatch(c.name)]
+    seen.put(index, "left out", "", "the index of a pandas data frame")
     seen.put(seen.free("empty"), "left out", "", "no values")
     seen.put(seen.free("date"), "left out", "", "dates, which no feature reads")
     seen.put(seen.free("other"), "left out", "", "a type for which there is no feature")
+    of_others = [c for c in seen.free("list") if not is_number(_leaves(seen.values[c.name]).type)]
+    seen.put(of_others, "left out", "", "lists of something else than numbers, for which there is no feature")
     still = [c for c in seen.free("number", "category") if c.usual == len(seen.values)]
     seen.put(still, "left out", "", "the same value in all rows")
     seen.constant = {c.name for c in still if c.form == "number"}
@@ -386,7 +400,7 @@ def _put_aside(seen: _Seen) -> None:
 
 def _split(seen: _Seen) -> dict[str, Any] | None:
     """A column whose values name the parts."""
-    if SOURCE in seen.columns:
+    if SOURCE in seen.columns and seen.columns[SOURCE].form in ("category", "text") and not seen.columns[SOURCE].missing:
         seen.put([seen.columns[SOURCE]], "split", "", "the data's own splits")
         parts = _parts(pc.unique(seen.values[SOURCE]).to_pylist())
         return None if parts is None else {"by": "sources", "parts": parts}
@@ -521,7 +535,7 @@ def _entity(seen: _Seen, task: str, said: str | None) -> tuple[str, float] | Non
     return None
 
 
-def _keys(seen: _Seen, said: str | None) -> str | None:
+def _keys(seen: _Seen, said: str | None, by: str) -> str | None:
     """The column that says which rows are one thing: molecules, or an id; other ids are put aside."""
     usable = [c for c in seen.free() if c.name not in (seen.wanted or ())]
     named = [c for c in usable if c.is_id]
@@ -532,6 +546,8 @@ def _keys(seen: _Seen, said: str | None) -> str | None:
     key = said or next((c.name for c in [*molecules, *repeated, *whole, *unique] if not c.missing), None)
     for column in [c for c in seen.free() if c.name == key and c.form != "smiles"]:
         why = "its name; rows with one value stay in one part"
+        if by not in KEEPS_KEYS:
+            why = f"its name; predictions keep it, split.by {by} does not"
         if key == said:
             why = "its inputs repeat with it"
         elif column not in repeated:
@@ -568,7 +584,10 @@ def _labels(seen: _Seen, settled: Config) -> None:
     named = bool(settled.inputs) or seen.wanted is not None
     usable = [c for c in usable if c.name not in (seen.wanted or ())]
     numbers = [c for c in usable if c.form == "number"]
-    by_name = [c for c in usable if c.plain in _LABELS or c.family in _LABEL_FAMILIES]
+    by_name = [c for c in usable if _has_labels_name(c)]
+    if texts := [c for c in seen.free("text") if _has_labels_name(c) and not by_name and seen.wanted is None]:
+        words = " ".join(shlex.quote(c.name) for c in texts)
+        seen.notes.append(f"{_counted(texts)} named as labels, but free text; if labels: --labels {words}")
     sparse = _with_gaps(usable)
     structured = "molecules" if seen.free("smiles") else "lists" if seen.free("list") else ""
     rules = [
@@ -591,6 +610,10 @@ def _labels(seen: _Seen, settled: Config) -> None:
     raise UserError(
         f"no column can be a label beside inputs: {_told(seen)}; name the labels with --labels, and the others become inputs"
     )
+
+
+def _has_labels_name(column: Column) -> bool:
+    return column.plain in _LABELS or column.family in _LABEL_FAMILIES
 
 
 def _with_gaps(columns: list[Column]) -> list[Column]:
@@ -762,6 +785,9 @@ def _inputs(seen: _Seen) -> dict[str, Any]:
     specs |= dict.fromkeys((c.name for c in categories), "Categorical")
     seen.put(numbers, "input", "Numeric", "numbers")
     seen.put(categories, "input", "Categorical", "text with few different values")
+    for column in seen.free("text"):
+        if odd := _odd_among_numbers(seen.values[column.name]):
+            seen.put([column], "left out", "", f"numbers, but {odd}: mend those, and it becomes an input")
     seen.put(seen.free("text"), "left out", "", "free text, which the feature Tokens and the trunk TextEncoder read")
     if not specs:
         raise UserError(f"no column can be an input: {_told(seen)}; name the inputs and their features in a config")
@@ -773,11 +799,24 @@ def _told(seen: _Seen) -> str:
     return some([*free, *(f"'{f.columns[0]}' is {f.role} ({f.why})" for f in seen.findings)])
 
 
+def _odd_among_numbers(values: pa.ChunkedArray) -> str | None:
+    """Of a column of texts most of which are numbers, the others in words."""
+    text = values.cast(pa.string()).drop_null()
+    odd = text.filter(pc.invert(pc.match_substring_regex(text, _NUMBER)))
+    return f"'{odd[0]}' in {len(odd):,} of {len(text):,} rows" if len(odd) < len(text) / 2 else None
+
+
 def _is_bits(values: pa.ChunkedArray) -> bool:
+    numbers = pc.cast(_leaves(values).drop_null(), pa.float64(), safe=False)
+    return bool(np.isin(numbers.to_numpy(), (0, 1)).all())
+
+
+def _leaves(values: pa.ChunkedArray) -> Any:
+    """What the first lists of a column hold, of lists in lists the innermost."""
     leaf: Any = values.slice(0, 100).combine_chunks()
-    while hasattr(leaf, "flatten") and pa.types.is_nested(leaf.type):
-        leaf = leaf.flatten()
-    return is_number(leaf.type) and bool(np.isin(pc.cast(leaf, pa.float64(), safe=False).to_numpy(), (0, 1)).all())
+    while isinstance(leaf, pa.ListArray | pa.LargeListArray | pa.FixedSizeListArray | pa.ExtensionArray):
+        leaf = leaf.storage if isinstance(leaf, pa.ExtensionArray) else leaf.flatten()
+    return leaf
 
 
 def _patterns(names: list[str], every: list[str]) -> list[str]:

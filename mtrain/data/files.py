@@ -104,7 +104,7 @@ def open_tasks(config: Config, beside: Path | None = None) -> TaskFiles:
     """Open the data sets of all selected tasks.
 
     Args:
-        beside: folder of the config file, see `open_table`; paths of a task table are first tried beside it.
+        beside: folder of the config file, see `search_folders`; paths of a task table are first tried beside it.
 
     Raises:
         UserError: the task table is wrong, no task is left, or, unless `data.on_error` is skip_task, a task's data cannot

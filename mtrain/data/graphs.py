@@ -193,16 +193,18 @@ def read_graph(path: str, root: str | None = None, nodes: str = "x", edges: str 
     """
     found = existing(path, search_folders(root), "graph")
     try:
-        with np.load(found, allow_pickle=False) as file:
-            if isinstance(file, np.ndarray):
-                raise ValueError("found one array")
+        opened = np.load(found, allow_pickle=False)
+        if isinstance(opened, np.ndarray):
+            raise ValueError("one array without a name")
+        with opened as file:
             for key, name in (("nodes", nodes), ("edges", edges)):
                 if name not in file.files:
                     holds = f"it holds {', '.join(file.files)}"
                     raise UserError(f"graph {found}: no array '{name}', {holds}; name the right one in the option {key}")
             x_NF, edge_2E = file[nodes], file[edges]
     except (ValueError, EOFError, OSError, zipfile.BadZipFile) as error:
-        raise UserError(f"graph {found}: not a file of numpy arrays (.npz): {error}") from None
+        reason = "of another format, or with Python objects in it" if "allow_pickle" in str(error) else error
+        raise UserError(f"graph {found}: not a file of numpy arrays (.npz): {reason}; write it with np.savez") from None
     return _checked(found, x_NF, edge_2E, nodes, edges)
 
 

@@ -60,7 +60,7 @@ def partition(
 
     Args:
         config: layout routed, pairs or grid.
-        beside: folder of the config file, see `open_table`.
+        beside: folder of the config file, see `search_folders`.
         output: a new folder, or one that this function began.
         row_group: rows of a row group of the files.
         memory: about how many bytes of rows are held at once; a chunk of the source, however large, is held whole.

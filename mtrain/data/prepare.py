@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from mtrain.components import Spec, build
-from mtrain.config import Config, SplitConfig
+from mtrain.config import Config
 from mtrain.data import FEATURES
 from mtrain.data.batch import Grid, Pairs
 from mtrain.data.features import (
@@ -36,7 +36,7 @@ from mtrain.data.inputs import ChunkedInputs, FeatureColumn, Inputs, MemoryInput
 from mtrain.data.labels import LabelTable, read_files, read_grid, read_long, select
 from mtrain.data.loader import WINDOW, Part
 from mtrain.data.sources import open_data, require
-from mtrain.data.splits import SOURCE, Split, overlap, split, split_hash
+from mtrain.data.splits import KEEPS_KEYS, SOURCE, overlap, split, split_hash
 from mtrain.data.statistics import with_statistics
 from mtrain.data.tables import ReadError, Table
 from mtrain.errors import UserError, matches, nearest
@@ -256,15 +256,23 @@ def prepare(source: Source, seed: int) -> Prepared:
     num_units = len(source.input_U)
     task_N = pa.array(labels.tasks.names).take(pa.array(labels.task_P)) if config.data.layout != "grid" else None
     with source.named_rows(source.row_U):
+        key = source.column(config.data.key, "data.key") if config.data.key else None
         units = split(
-            _split_spec(config.split),
+            config.split,
             seed,
             n=num_units,
             columns=source.column,
             known=source.table.column_names,
             task_N=task_N,
-            key=source.column(config.data.key, "data.key") if config.data.key else None,
+            key=key,
         )
+    if key is not None and config.split.by not in KEEPS_KEYS and "test" in units:
+        repeated = overlap(_take(key, units["train"]), _take(key, units["test"]))
+        if repeated > 0:
+            notes.append(
+                f"split.by {config.split.by} does not keep rows of one {config.data.key} together: {repeated:.0%} of the test "
+                "rows have one that is also in training; by: group would"
+            )
     if "valid" not in units:
         for key, given in (("split.refit", config.split.refit), ("select.patience", config.select.patience)):
             if given:
@@ -495,10 +503,6 @@ def _keep_units(source: Source, keep_U: NDArray[np.bool_], keep_N: NDArray[np.bo
     )
 
 
-def _split_spec(config: SplitConfig) -> Split:
-    return Split(config.by, config.parts, config.column, config.fold, config.folds, config.balanced)
-
-
 def _part(
     source: Source,
     task_P: NDArray[np.int64],
@@ -507,15 +511,15 @@ def _part(
     original_P: NDArray[np.float64] | None,
     num_tasks: int,
 ) -> Part:
-    """Labels of a part over the input rows that have one; dense unless very sparse, repeated or routed."""
+    """Labels of a part over the input rows that have one; dense unless very sparse, repeated or rows of one task each."""
     input_P = source.input_U[unit_P]
     used = np.zeros(source.num_inputs, dtype=bool)
     used[input_P] = True
     rows = np.flatnonzero(used)
     row_P = (np.cumsum(used) - 1)[input_P]
     weight_P = None if source.weight_U is None else source.weight_U[unit_P].astype(np.float32)
-    layout = source.config.data.layout
-    sparse = layout == "routed" or source.repeated or (layout == "pairs" and weight_P is not None)
+    data = source.config.data
+    sparse = data.by_task or source.repeated or (data.layout == "pairs" and weight_P is not None)
     sparse = sparse or len(task_P) < _GRID_DENSITY * len(rows) * num_tasks
 
     def labels(y_P: NDArray[np.float64], dtype: type) -> Grid | Pairs:

@@ -52,35 +52,28 @@ _LARGE = 2e9  # bytes
 _SPLITS_A_CALL = 25  # the time of a `load_dataset` call grows with the square of the number of its splits
 
 
-def open_table(config: DataConfig, beside: Path | None = None) -> datasets.Dataset:
-    """Open the table that `config` names.
-
-    Args:
-        beside: folder of the config file; relative paths are tried under `data.root` (or $MTRAIN_DATA), in the
-            working directory and here.
-
-    Raises:
-        UserError: no such file, unreadable file, two columns of one name, or a hub that does not answer.
-    """
-    return _table(config, local_files(config, beside))
-
-
 def open_stream(config: DataConfig, beside: Path | None, chunk_rows: int) -> Table:
     """Open the table that `config` names, to be read by the chunk.
 
     Arrow files and functions have no stream: they are memory-mapped, or in memory as the function returns them.
 
     Args:
-        beside: as for `open_table`.
+        beside: folder of the config file, see `search_folders`.
 
     Raises:
-        UserError: as `open_table`, or a hub data set that cannot be read by the chunk.
+        UserError: no such file, an unreadable one, two columns of one name, a hub that does not answer, or a hub data set that
+            cannot be read by the chunk.
     """
     return _stream(config, local_files(config, beside), chunk_rows)
 
 
 def open_data(config: DataConfig, beside: Path | None) -> tuple[Table, bool]:
-    """Open the table that `config` names as `open_stream` or `open_table` does, and whether its inputs stream."""
+    """Open the table that `config` names, and whether its inputs stream, as `open_stream` reads them; else they are mapped, or
+    in memory as a function returns them.
+
+    Raises:
+        UserError: no such file, an unreadable one, two columns of one name, or a hub that does not answer.
+    """
     files = local_files(config, beside)
     if streams(config, [file for paths in files.values() for file in paths]):
         return _stream(config, files, config.chunk_rows), True
@@ -208,18 +201,26 @@ def search_folders(root: str | None, beside: Path | None = None) -> list[Path]:
     return list(dict.fromkeys(Path(p) for p in (root or os.environ.get("MTRAIN_DATA"), ".", beside) if p is not None))
 
 
+def folder_of(path: str, folders: Sequence[Path]) -> Path | None:
+    """The first of `folders` in which a file or folder, or a match of a glob, is; None: it is in none."""
+    found = (f for f in folders if os.path.exists(f / os.path.expanduser(path)) or (is_glob(path) and matching(f, path)))
+    return next(found, None)  # pathlib's exists raises for a name that is too long
+
+
+def matching(folder: Path, path: str) -> list[str]:
+    """What matches a glob, sorted."""
+    return sorted(glob.glob(str(folder / os.path.expanduser(path)), recursive=True))
+
+
 def existing(path: str, folders: Sequence[Path], key: str) -> Path:
     """Where a file, a folder or matches of a glob are, of `folders` the first."""
-    candidates = [folder / os.path.expanduser(path) for folder in folders]
-    full = next((full for full in candidates if os.path.exists(full)), None)
-    if full is None and is_glob(path):
-        full = next((full for full in candidates if glob.glob(str(full), recursive=True)), None)
-    if full is None:
+    folder = folder_of(path, folders)
+    if folder is None:
         raise UserError(
             f"{key} {path}: no such file or folder (looked in {', '.join(map(str, folders))}); "
             "set data.root or MTRAIN_DATA to the folder of the data"
         )
-    return full
+    return folder / os.path.expanduser(path)
 
 
 def _files(paths: str | list[str], config: DataConfig, beside: Path | None) -> list[str]:
@@ -237,22 +238,19 @@ def _files(paths: str | list[str], config: DataConfig, beside: Path | None) -> l
 def _find(path: str, config: DataConfig, beside: Path | None) -> list[str]:
     """Files behind one path; none if it can only be a hub id."""
     roots = search_folders(config.root, beside)
-    for root in roots:
+    if (root := folder_of(path, roots)) is not None:
         full = root / os.path.expanduser(path)
-        if os.path.isfile(full):  # pathlib's raises for a name that is too long
+        if full.is_file():
             return [str(full)]
-        if os.path.isdir(full):
-            found = sorted(str(f) for f in full.rglob("*") if f.is_file() and format_of(f.name))
-            found = [f for f in found if not f.endswith(".txt")] or found  # a readme beside tables
-            if not found:
-                raise UserError(f"data.path {full}: the folder holds no csv, json, parquet or arrow file")
-            if len(kinds := sorted({str(format_of(f)) for f in found})) > 1:
-                raise UserError(
-                    f"data.path {full}: the folder holds {' and '.join(kinds)} files, expected one type; use a glob"
-                )
-            return found
-        if is_glob(path) and (found := sorted(glob.glob(str(full), recursive=True))):
-            return found
+        if not full.is_dir():
+            return matching(root, path)
+        found = sorted(str(f) for f in full.rglob("*") if f.is_file() and format_of(f.name))
+        found = [f for f in found if not f.endswith(".txt")] or found  # a readme beside tables
+        if not found:
+            raise UserError(f"data.path {full}: the folder holds no csv, json, parquet or arrow file")
+        if len(kinds := sorted({str(format_of(f)) for f in found})) > 1:
+            raise UserError(f"data.path {full}: the folder holds {' and '.join(kinds)} files, expected one type; use a glob")
+        return found
     looks_like_a_file = format_of(path) or path.startswith((".", "/", "~")) or is_glob(path)
     if "://" not in path and (looks_like_a_file or path.count("/") != 1):
         raise UserError(

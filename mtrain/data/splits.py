@@ -8,74 +8,38 @@ from __future__ import annotations
 import hashlib
 import heapq
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from mtrain.config import SplitConfig
 from mtrain.data.features import encode_categories, is_text
-from mtrain.data.order import mix
+from mtrain.data.order import mix, name_key
 from mtrain.errors import UserError, nearest
-
-By = Literal["random", "column", "stratified", "group", "scaffold", "time", "within_task", "kfold", "sources"]
-Share = float | str | list[str]
 
 SOURCE = "__source__"  # what `by: sources` asks `columns` for: the name of the source's own split, for each row
 FRACTIONS = {"train": 0.8, "valid": 0.1, "test": 0.1}
+KEEPS_KEYS = ("random", "stratified", "group", "scaffold", "kfold")  # units of one key end in one part
 READS_COLUMN = ("column", "stratified", "group", "scaffold", "time")
 
 
-@dataclass(frozen=True)
-class Split:
-    """How rows are dealt to parts.
-
-    by
-        random       rows (whole keys if there is a key that repeats) in a random order
-        stratified   at random within each class of `column` (or of the labels), whole keys
-        group        whole groups of `column` (or of the key)
-        scaffold     whole Bemis-Murcko scaffolds of the SMILES in `column`: the largest first, so to train
-        time         by `column`, the oldest to train
-        within_task  at random within each task, each task keeping at least one training row
-        kfold        test is fold `fold` of `folds` (whole keys), valid the next one
-        column       the values of `column` name the part
-        sources      the sources' own splits name the part (as `column` does)
-    parts
-        random ... within_task: a fraction each, which sum to 1; {} is 0.8, 0.1, 0.1.
-        kfold: {}, or {valid: share}: that share of the other folds' units at random in place of the next fold.
-        column, sources: a value or a list of values each ("" is a missing value); a number is that share of `train`'s
-        rows, drawn at random. Every value that occurs must be named: what is to be left out gets a part of its own,
-        such as `unused: [x]`, and is counted there. {} for sources: each source's split is a part of that name.
-    balanced
-        scaffold: in a random order, but scaffolds larger than half the smallest part first.
-    """
-
-    by: By = "random"
-    parts: Mapping[str, Share] = field(default_factory=dict)
-    column: str | None = None
-    fold: int = 0
-    folds: int = 5
-    balanced: bool = False
-
-
 def split(
-    spec: Split,
+    spec: SplitConfig,
     seed: int,
     *,
     n: int,
     columns: Callable[[str], Any],
     task_N: Any = None,
     key: Any = None,
-    y: Any = None,
     known: Iterable[str] = (),
 ) -> dict[str, np.ndarray]:
     """Part name to sorted unit numbers (int64); each of the `n` units is in exactly one part.
 
     `columns(name)` gives a column as a numpy or Arrow array of n values, or raises KeyError (`known` are the names that
     there are, for the message). `task_N` is the task of each unit: names rather than numbers, so that adding a task
-    moves no other task's rows. Units with the same `key` end in one part for random, stratified, group, scaffold and
-    kfold; the other ways ignore it. `y` are class labels for stratified without a column.
+    moves no other task's rows. Units with the same `key` end in one part for the ways in `KEEPS_KEYS`; the others ignore it.
 
     Random without a key that repeats is `numpy.random.default_rng(seed).permutation(n)`, cut at round(fraction * n).
     Groups and keys are shuffled and cut where it is nearest to the fractions, with at least one for each part. Tasks
@@ -99,7 +63,7 @@ def split(
         return _by_column(spec, seed, column(SOURCE if spec.by == "sources" else spec.column))
 
     keys = None
-    if key is not None and spec.by in ("random", "stratified", "group", "scaffold", "kfold"):
+    if key is not None and spec.by in KEEPS_KEYS:
         keys = _groups("the key", key)
         if keys.max() + 1 == n:
             keys = None  # no key repeats
@@ -119,9 +83,7 @@ def split(
             raise UserError("split.by: within_task needs rows that belong to a task (routed, files, pairs); use random")
         part_N = _within(task_N, fractions, seed)
     elif spec.by == "stratified":
-        if spec.column is None and y is None:
-            column(None)
-        classes = pc.fill_null(_as_text(column(spec.column) if spec.column else y), "")
+        classes = pc.fill_null(_as_text(column(spec.column)), "")
         if keys is None:
             part_N = _within(classes, fractions, seed)
         else:  # a key's class is that of its first unit
@@ -172,7 +134,7 @@ def overlap(train_keys: Any, test_keys: Any) -> float:
     return pc.sum(pc.is_in(test, value_set=pc.unique(train).drop_null())).as_py() / len(test)
 
 
-def _by_column(spec: Split, seed: int, values: Any) -> dict[str, np.ndarray]:
+def _by_column(spec: SplitConfig, seed: int, values: Any) -> dict[str, np.ndarray]:
     where = f"column '{spec.column}'" if spec.by == "column" else "the sources' splits"
     codes, distinct = encode_categories(pc.fill_null(_as_text(values), ""))
     found = distinct.to_pylist()
@@ -215,7 +177,7 @@ def _by_column(spec: Split, seed: int, values: Any) -> dict[str, np.ndarray]:
     return _checked({name: parts[name] for name in (spec.parts or names)}, shares, spec.by, len(rows))
 
 
-def _by_fold(spec: Split, seed: int, n: int, keys: np.ndarray | None) -> dict[str, np.ndarray]:
+def _by_fold(spec: SplitConfig, seed: int, n: int, keys: np.ndarray | None) -> dict[str, np.ndarray]:
     share = spec.parts.get("valid")
     if set(spec.parts) - {"valid"} or not (share is None or (isinstance(share, (int, float)) and 0 <= share < 1)):
         raise UserError(
@@ -254,7 +216,7 @@ def _by_fold(spec: Split, seed: int, n: int, keys: np.ndarray | None) -> dict[st
     return _checked(parts, shares, spec.by, n)
 
 
-def _fractions(spec: Split) -> tuple[list[str], list[float]]:
+def _fractions(spec: SplitConfig) -> tuple[list[str], list[float]]:
     """Parts in the order in which they are filled: train, valid, any others, test; those of 0 at the end."""
     parts = spec.parts or FRACTIONS
     fractions: dict[str, float] = {}
@@ -335,8 +297,7 @@ def _within(groups: Any, fractions: Sequence[float], seed: int) -> np.ndarray:
     if (codes < 0).any():
         raise UserError(f"split: row {int((codes < 0).argmax()) + 1} has no task; mend the row or leave it out")
     sizes = np.bincount(codes, minlength=len(names))
-    texts = (str(name).encode() for name in names.to_pylist())
-    ids_G = np.array([int.from_bytes(hashlib.blake2b(t, digest_size=8).digest(), "little") for t in texts], np.uint64)
+    ids_G = np.array([name_key(str(name)) for name in names.to_pylist()], np.uint64)
 
     start_N = (np.cumsum(sizes) - sizes)[codes]
     place_N = np.empty(len(codes), np.int64)
@@ -441,12 +402,13 @@ def _rng(seed: int, purpose: str, *more: int) -> np.random.Generator:
     return np.random.default_rng([seed, *purpose.encode(), *more])
 
 
-def _check_unused(spec: Split) -> None:
+def _check_unused(spec: SplitConfig) -> None:
     """A setting that the chosen way would ignore is refused."""
+    usual = SplitConfig()
     if spec.column is not None and spec.by not in READS_COLUMN:
         hint = "by: group keeps a column's groups whole" if spec.by in ("random", "kfold") else "leave it out"
         raise UserError(f"split.column: '{spec.column}' is not used by: {spec.by}; {hint}")
-    if spec.by != "kfold" and (spec.fold, spec.folds) != (Split.fold, Split.folds):
+    if spec.by != "kfold" and (spec.fold, spec.folds) != (usual.fold, usual.folds):
         raise UserError(f"split.fold, split.folds: not used by: {spec.by}; leave them out, or use by: kfold")
     if spec.balanced and spec.by != "scaffold":
         raise UserError(f"split.balanced: not used by: {spec.by}; leave it out, or use by: scaffold")

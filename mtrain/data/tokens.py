@@ -50,7 +50,8 @@ class Tokens(Feature):
         self._backend = _load(tokenizer)
         least = self._backend.num_special_tokens_to_add(True) + 2
         if not least <= max_length < 1 << 20:
-            raise UserError(f"Tokens: max_length is {max_length}, expected at least {least} with this tokenizer; 128 is usual")
+            expected = f"{least} to {(1 << 20) - 1} with this tokenizer; 128 is usual"
+            raise UserError(f"Tokens: max_length is {max_length}, expected {expected}")
         self._backend.no_padding()
         self._backend.enable_truncation(max_length)
         self._vocabulary = max(self._backend.get_vocab(with_added_tokens=True).values()) + 1
@@ -101,6 +102,7 @@ def _load(name: str) -> Any:
     from tokenizers import Tokenizer
     from transformers import AutoTokenizer
 
+    name = located("Tokens: tokenizer", name)
     try:
         if Path(name).is_file():
             return Tokenizer.from_file(name)
@@ -121,6 +123,18 @@ def _texts(name: str, column: pa.ChunkedArray) -> list[str | None]:
     if not (is_text(column.type) or pa.types.is_null(column.type)):
         raise UserError(f"column '{name}' has type {column.type}, but Tokens reads text; use another feature for it")
     return column.to_pylist()
+
+
+def located(what: str, name: str) -> str:
+    """A name on the hub as it is, or a path, with `~` for the home folder.
+
+    Raises:
+        UserError: what can only be a path is not there.
+    """
+    path = os.path.expanduser(name)
+    if path.startswith(("/", "./", "../")) and not os.path.exists(path):
+        raise UserError(f"{what} '{name}': no such file or folder; mend the path, or give a name on the hub")
+    return path
 
 
 def require_transformers(what: str) -> None:

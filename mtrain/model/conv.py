@@ -57,8 +57,10 @@ class Conv(nn.Module):
         if len(shape) not in (3, 4) or min(shape) < 1:
             raise UserError(f"model.trunk: shape is {shape}, expected [C, H, W] for images or [C, D, H, W] for volumes")
         if prod(shape) != in_features:
+            fewer = " (Numeric leaves out columns that are constant in training: read a list column with Array)"
             raise UserError(
                 f"model.trunk: shape {shape} is {prod(shape)} values, but the inputs have {in_features}; give one row's shape"
+                f"{fewer if in_features < prod(shape) else ''}"
             )
         if not widths or min(widths) < 1:
             raise UserError(f"model.trunk: widths are {widths}, expected at least one positive number")

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from mtrain.components import Spec
 from mtrain.errors import UserError
-from mtrain.model.fusion import Stacked, build_encoder, keys_of, salts_of
+from mtrain.model.fusion import Stacked, build_stacked, keys_of, salts_of
 
 EXPERTS, GATE = "experts", "gate"
 SMALL = Spec(class_path="MLP", init_args={"widths": [64]})
@@ -26,7 +26,7 @@ class MMoE(nn.Module):
         super().__init__()
         if experts < 2:
             raise UserError(f"model.trunk: experts is {experts}, expected at least 2")
-        self.experts, width = _experts(expert, in_features, experts)
+        self.experts, width = build_stacked(expert, in_features, experts, experts=True)
         self.salts = salts_of([str(e) for e in range(experts)])
         self.out_features = {EXPERTS: (experts, width), GATE: in_features}
 
@@ -73,7 +73,7 @@ class CGC(nn.Module):
         shut = (source != chooser) & (source != groups) & (chooser != groups)
         self.register_buffer("shut_GE", shut, persistent=False)
         for level in range(levels):
-            experts, out = _experts(expert, width, count)
+            experts, out = build_stacked(expert, width, count, experts=True)
             self.levels.append(experts)
             if level + 1 < levels:
                 self.gates.append(Stacked([nn.Linear(width, count) for _ in range(groups + 1)]))
@@ -88,9 +88,3 @@ class CGC(nn.Module):
             h = torch.einsum("gbe,ebd->gbd", share_GBE, z_EBD)
             z_EBD = experts(h[self.reads], keys_of(keys_B, self.salts[level]))
         return {EXPERTS: z_EBD.transpose(0, 1), GATE: h if h.dim() == 2 else h.transpose(0, 1).flatten(1)}
-
-
-def _experts(expert: Spec, in_features: int, count: int) -> tuple[Stacked, int]:
-    """So many experts, and the width of each."""
-    built = [build_encoder(expert, in_features, "expert") for _ in range(count)]
-    return Stacked([network for network, _ in built]), built[0][1]

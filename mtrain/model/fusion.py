@@ -139,9 +139,8 @@ class ModelFusion(_Fusion):
     side, or (`output: separate`) read by heads of their own: decision fusion."""
 
     def _build(self, encoder: Spec, in_features: int) -> int:
-        built = [build_encoder(encoder, in_features) for _ in self.names]
-        self.encoders = Stacked([network for network, _ in built])
-        return built[0][1]
+        self.encoders, width = build_stacked(encoder, in_features, len(self.names))
+        return width
 
     def _encode(self, x_IBF: Tensor, keys_IB: Tensor | None) -> Tensor:
         return self.encoders(x_IBF, keys_IB)
@@ -163,3 +162,29 @@ def build_encoder(spec: Spec, in_features: int, option: str = "encoder") -> tupl
     if list(shapes) != [FEATURES] or len(shapes[FEATURES]) != 1 or getattr(network, "members", 1) != 1:
         raise UserError(f"{where}: {spec.class_path} gives several features or members, expected one feature [B, D]")
     return network, shapes[FEATURES][0]
+
+
+def build_stacked(spec: Spec, in_features: int, count: int, *, experts: bool = False) -> tuple[Stacked, int]:
+    """So many networks inside a trunk as one computation, and the width of each; `experts` read the same inputs.
+
+    Raises:
+        UserError: as `build_encoder`, or `torch.func.vmap` cannot run them: what they compute depends on values of the rows.
+    """
+    option = "expert" if experts else "encoder"
+    built = [build_encoder(spec, in_features, option) for _ in range(count)]
+    stacked, width = Stacked([network for network, _ in built]), built[0][1]
+    training = {module: module.training for module in stacked.modules()}
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):  # what is built after it begins as without the pass
+            stacked.eval()(torch.zeros((2, in_features) if experts else (count, 2, in_features)))
+    except Exception as error:  # of many kinds, also of the user's own network
+        if not torch.accelerator.is_available():  # else its kernels may be of the accelerator alone
+            reason = str(error).strip().partition("\n")[0]
+            raise UserError(
+                f"model.trunk.init_args.{option}: {count} networks {spec.class_path} cannot run as one by torch.func.vmap "
+                f"({type(error).__name__}: {reason}); use MLP, Conv or another that computes the same for all rows"
+            ) from error
+    finally:
+        for module, mode in training.items():
+            module.training = mode
+    return stacked, width

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import warnings
 from typing import Literal
@@ -32,7 +33,8 @@ class NodeGraph(nn.Module):
         root: folder of the data, from the config.
         nodes, edges: names of its arrays of node features [N, F] and edges [2, E].
         width: of the linear layer and of every graph layer.
-        convs: graph layers, classes of torch_geometric.nn with their options: GCNConv, SAGEConv, GATv2Conv, APPNP, ...
+        convs: graph layers, classes of torch_geometric.nn with their options: GCNConv, SAGEConv, GATv2Conv, APPNP, ...; they
+            read node features and edges alone.
         normalize: divide a node's features by the sum of their absolute values.
         input_dropout, dropout: share of the node features, and of each layer's inputs, that is zeroed in training.
     """
@@ -75,6 +77,7 @@ class NodeGraph(nn.Module):
         for conv, spec in zip(self.convs, convs, strict=True):
             if not isinstance(conv, layers.MessagePassing):
                 raise UserError(f"{where}: '{spec.class_path}' is no graph layer (MessagePassing), such as GCNConv")
+            _try(conv, width, f"{where}: '{spec.class_path}'")
         self.activation = ACTIVATIONS[activation][1]()
         self.input_dropout = Dropout(input_dropout, layer=0)
         self.dropouts = nn.ModuleList(Dropout(dropout, layer=i + 1) for i in range(len(convs)))
@@ -84,7 +87,7 @@ class NodeGraph(nn.Module):
         """`[B, 1]` numbers of nodes to `[B, width]`.
 
         Raises:
-            UserError: a number that is no node of the graph, a layer of another width, or `torch.export`.
+            UserError: a number that is no node of the graph, or `torch.export`.
         """
         if torch.compiler.is_exporting():
             raise UserError("trunk NodeGraph cannot be exported: its nodes are those of one graph; predict them with the run")
@@ -98,11 +101,6 @@ class NodeGraph(nn.Module):
             for conv, dropout in zip(self.convs, self.dropouts, strict=True):
                 edges = self.adjacency_NN if conv.fuse else self.edge_2E  # fuse: the layer is one sparse product
                 h_ND = conv(dropout(self.activation(h_ND), keys_N), edges)
-                if h_ND.shape[1] != self.out_features:
-                    raise UserError(
-                        f"model.trunk: the layer {conv} gives {h_ND.shape[1]} features, expected width, {self.out_features}; "
-                        "with several heads set concat: false"
-                    )
         return h_ND[node_B]
 
     def _to(self, device: torch.device) -> None:
@@ -116,7 +114,7 @@ class NodeGraph(nn.Module):
         if bad_B.any():
             raise UserError(
                 f"inputs: node number {number_B[bad_B][0].item():g}, expected whole numbers from 0 to {len(self.x_NF) - 1}, "
-                "as in inputs: {COLUMN: {class_path: Numeric, init_args: {standardize: false}}}"
+                "as in inputs: {COLUMN: {class_path: Numeric, init_args: {standardize: false, impute: error}}}"
             )
         return node_B
 
@@ -131,6 +129,22 @@ class NodeGraph(nn.Module):
         keys_V = None if keys_N is None else mix64(keys_N.repeat_interleave(crow.diff()) ^ column_V)
         kept_V = self.input_dropout(value_V[:, None], keys_V)[:, 0]  # each value as a row of one unit
         return torch.sparse_csr_tensor(crow, column_V, kept_V, x_NF.shape)
+
+
+def _try(conv: nn.Module, width: int, what: str) -> None:
+    """Refuse a graph layer that does not map nodes `[N, width]` and edges to `[N, width]`, by a pass over two nodes."""
+    edge_2E = torch.tensor([[0, 1], [1, 0]])
+    try:
+        with torch.no_grad():
+            found = copy.deepcopy(conv).eval()(torch.zeros(2, width), edge_2E)  # a copy: some layers keep the first graph
+    except Exception as error:  # of many kinds, for layers that read more than nodes and edges
+        reason = f"{type(error).__name__}: {error}"
+        raise UserError(f"{what} fails on nodes and edges alone ({reason}); use a layer that needs no more") from None
+    shape = list(found.shape) if isinstance(found, Tensor) else type(found).__name__
+    if shape != [2, width]:
+        raise UserError(
+            f"{what} gives {shape} for 2 nodes, expected [2, {width}] (width); with several heads set concat: false"
+        )
 
 
 class GraphNet(nn.Module):

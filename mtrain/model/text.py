@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from mtrain.data.features import Feature
-from mtrain.data.tokens import PADDING, SECOND, TOKENS, require_transformers
+from mtrain.data.tokens import PADDING, SECOND, TOKENS, located, require_transformers
 from mtrain.errors import UserError, matches, nearest
 from mtrain.model.dropout import Dropout
 
@@ -68,6 +68,9 @@ class TextEncoder(nn.Module):
             raise UserError("TextEncoder: give model (a hub name or folder) or config (for new weights), one of the two")
         if buckets < 1:
             raise UserError(f"TextEncoder: buckets is {buckets}, expected at least 1")
+        for option, share in (("dropout", dropout), ("attention_dropout", attention_dropout)):
+            if share is not None and not 0 <= share < 1:
+                raise UserError(f"TextEncoder: {option} is {share}, expected a probability, at least 0 and below 1")
         self.pool, self.buckets = pool, buckets
         self.model = _build(model, config, dropout, attention_dropout)
         most = getattr(self.model.config, "max_position_embeddings", None)
@@ -76,10 +79,10 @@ class TextEncoder(nn.Module):
                 f"TextEncoder: inputs of {in_features} numbers, but the model takes texts of {most} tokens; lower max_length "
                 "of Tokens, whose ids are all that it reads"
             )
-        self.pad_id = self.model.config.pad_token_id or 0
-        self.vocabulary = self.model.get_input_embeddings().weight.shape[0]
+        self.pad_id = getattr(self.model.config, "pad_token_id", None) or 0
         self.takes_types = (getattr(self.model.config, "type_vocab_size", None) or 0) > 1
         self.out_features = self._check(in_features)
+        self.vocabulary = self.model.get_input_embeddings().weight.shape[0]
         self._freeze(freeze)
         self.keys = _Keys()
         self._key_dropout()
@@ -214,12 +217,15 @@ def _build(name: str | None, options: dict[str, Any] | None, dropout: float | No
     if options is not None:
         config = _configuration(options)
     else:
+        name = located("TextEncoder: model", str(name))
         with _refused(f"model '{name}' cannot be loaded", "expected a hub name, or a folder with config.json and weights"):
-            config = AutoConfig.from_pretrained(str(name))
-    changes = dict.fromkeys(_ATTENTION, attention_dropout) | ({} if dropout is None else dict.fromkeys(_HIDDEN, dropout))
-    for key, value in changes.items():
-        if hasattr(config, key):
-            setattr(config, key, value)
+            config = AutoConfig.from_pretrained(name)
+    for option, share, keys in (("dropout", dropout, _HIDDEN), ("attention_dropout", attention_dropout, _ATTENTION)):
+        known = [key for key in keys if hasattr(config, key)]
+        if share and not known:
+            raise UserError(f"TextEncoder: {option} is {share}, but a {config.model_type} has none; leave it out")
+        for key in known if share is not None else ():
+            setattr(config, key, share)
     if hasattr(config, "use_cache"):
         config.use_cache = False
     if options is not None:
@@ -233,12 +239,14 @@ def _build(name: str | None, options: dict[str, Any] | None, dropout: float | No
 
 def _configuration(options: dict[str, Any]) -> Any:
     """A configuration from plain options, none of them unknown."""
-    from transformers import AutoConfig
+    from transformers import CONFIG_MAPPING, AutoConfig
 
     rest = {key: value for key, value in options.items() if key != "model_type"}
     if "model_type" not in options:
         raise UserError("TextEncoder: config lacks model_type, expected one such as bert")
-    with _refused(f"config {options} is not one", "expected model_type, such as bert, and options of that type"):
+    if (kind := str(options["model_type"])) not in CONFIG_MAPPING:
+        raise UserError(f"TextEncoder: config: unknown model_type '{kind}'{nearest(kind, CONFIG_MAPPING)}")
+    with _refused(f"config {options} is not one", f"expected options of model_type {kind}"):
         default = AutoConfig.for_model(options["model_type"])
         known = default.to_dict().keys() | default.attribute_map.keys()
         if unknown := [key for key in rest if key not in known]:

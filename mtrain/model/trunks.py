@@ -13,17 +13,16 @@ config, and with what its signature has of:
 several by name, each `[B, D]` or `[B, E, D]`, of which each head reads one. It may take `keys_B`, the int64 keys of
 `mtrain.model.dropout`, so that its dropout depends on rows and not on how they are dealt to processes; `step_key`, the key
 `[1]` of the step alone, for a trunk that computes more than the rows; and `task_B`, the task of each row (int64), where each
-row has one. Both keys are None in evaluation. It may have an attribute `neck`, its last shared `nn.Linear`, which
-gradient-based balancing reads. What it returns without the rows is its attribute `out_features`, a number, or D or (E, D) by
-name; or it is found by a trial pass: of two rows of zeros, on the CPU, in evaluation. The user's own trunk is tried also where
-it has `out_features`.
+row has one. Both keys are None in evaluation. It may have an attribute `neck`, an `nn.Linear` whose output is what `forward`
+returns: gradient-based balancing takes gradients there. What it returns without the rows is its attribute `out_features`, a
+number, or D or (E, D) by name; or it is found by a trial pass: of two rows of zeros, on the CPU, in evaluation. The user's own
+trunk is tried also where it has `out_features`.
 """
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping, Sequence
-from itertools import accumulate
 from math import prod
 from numbers import Integral
 from typing import Any, Literal
@@ -104,10 +103,6 @@ class MLP(nn.Module):
         self.dropouts = nn.ModuleList(Dropout(dropout, layer=i + 1) for i in range(len(widths)))
         self.residual, self.skip, self.members = residual, skip, members
         self.out_features = widths[-1] + (in_features if skip else 0)
-
-    @property
-    def neck(self) -> nn.Module:
-        return self.linears[-1]
 
     def forward(self, x_BF: Tensor, keys_B: Tensor | None = None) -> Tensor:
         h = x = self.input_dropout(x_BF, keys_B)
@@ -195,16 +190,10 @@ class SharedModel(nn.Module):
         self.takes_step = "step_key" in parameters
 
     @property
-    def columns(self) -> dict[str, slice]:
-        """Where each feature is in `z_BD`."""
-        ends = accumulate(map(prod, self.features.values()))
-        return {name: slice(end - prod(shape), end) for (name, shape), end in zip(self.features.items(), ends, strict=True)}
-
-    @property
     def linear_neck(self) -> nn.Linear | None:
         """The linear layer whose outputs are the features themselves; None where there is none."""
-        last = self.trunk.neck if isinstance(self.trunk, Linear) else None
-        return self.neck if isinstance(self.neck, nn.Linear) else last
+        last = self.neck if isinstance(self.neck, nn.Linear) else getattr(self.trunk, "neck", None)
+        return last if isinstance(last, nn.Linear) and self.one_feature else None
 
     def forward(
         self, x_BF: Tensor, keys_B: Tensor | None = None, task_B: Tensor | None = None, step_key: Tensor | None = None

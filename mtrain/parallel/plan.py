@@ -61,23 +61,6 @@ class Plan:
         return np.flatnonzero(self.owner_T == HOT)
 
 
-def assign(names: Sequence[str], load_T: ArrayLike, ranks: int) -> Plan:
-    """Give tasks to ranks: by falling load, each to the rank with the least so far.
-
-    Longest processing time first (Graham 1969): the largest load is at most 4/3 of the best possible one. Ties go by task
-    name and to the lowest rank, so every process that knows names and loads, in any order, makes the same plan.
-
-    Args:
-        names: each task once.
-        load_T: expected load of each task `[T]`, finite and >= 0, in any unit, e.g. rows a step.
-        ranks: how many there are; with more ranks than tasks some own none.
-    """
-    load_T = _loads(names, load_T)
-    placed = _greedy(_by_load(names, load_T), load_T, ranks, np.zeros(len(names)), np.inf)
-    assert placed is not None
-    return Plan(tuple(names), *placed)
-
-
 @dataclass(frozen=True, eq=False)
 class Workload:
     """What a plan is made from: the sizes of a run, alike on every process.
@@ -264,7 +247,8 @@ def _greedy(
     order: Sequence[int], load_T: NDArray[np.float64], ranks: int, size_T: NDArray[np.float64], room: float
 ) -> tuple[NDArray[np.int64], NDArray[np.float64]] | None:
     """Owners `[T]` (`HOT` for tasks that `order` leaves out) and loads `[R]`: each task in order goes to the rank with the
-    least load of those that have room for it; None where none has."""
+    least load of those that have room for it; None where none has. By falling load and with room that is longest processing
+    time first (Graham 1969), whose largest load is at most 4/3 of the best possible one."""
     assert ranks > 0
     load, size = load_T.tolist(), size_T.tolist()
     smallest = min((size[task] for task in order), default=0.0)

@@ -66,9 +66,9 @@ class World:
         dist.all_reduce(values, group=self._host)
         return values.tolist()
 
-    def count_dealt(self, total: int, rank: int | None = None) -> int:
-        """Rows that a rank (this one) holds of so many that are dealt."""
-        return max(0, -(-(total - (self.rank if rank is None else rank)) // self.size))
+    def count_dealt(self, total: int) -> int:
+        """Rows that this rank holds of so many that are dealt."""
+        return max(0, -(-(total - self.rank) // self.size))
 
     def gather_dealt(self, x_BD: Tensor, total: int) -> Tensor:
         """All `total` rows, of which each rank holds those dealt to it."""

@@ -36,14 +36,11 @@ TITLES = {"roc_auc": "ROC-AUC", "r2": "R²"}
 QUANTILES = {"p10": 0.1, "p25": 0.25, "p50": 0.5, "p75": 0.75, "p90": 0.9}
 
 
-def write_report(
-    paths: Sequence[Path], output: Path, resamples: int = RESAMPLES, console: Console | None = None, part: str | None = None
-) -> None:
-    """Write a report of runs, and of how the others differ from the first.
+def write_report(paths: Sequence[Path], output: Path, resamples: int = RESAMPLES, console: Console | None = None) -> None:
+    """Write a report of runs, and of how the others differ from the first, on their test part, or valid where one has none.
 
     Args:
         resamples: how often rows are drawn anew for intervals.
-        part: test or valid; default: test where all runs have scored it.
 
     Raises:
         UserError: a run is not trained to its end, or the runs have other splits.
@@ -52,13 +49,17 @@ def write_report(
     script = plotly_script()
     if output.suffix.lower() not in (".html", ".htm"):
         raise UserError(f"--output {output}: expected a name that ends in .html")
+    if not output.absolute().parent.is_dir():
+        raise UserError(f"--output {output}: no folder {output.parent}; make it first")
+    if output.is_dir():
+        raise UserError(f"--output {output}: is a directory, expected the name of a file")
     if resamples < 2:
         raise UserError(f"--resamples {resamples}: expected at least 2")
     runs = [RunDir(path) for path in paths]
     if len({path.resolve() for path in paths}) < len(paths):
         raise UserError("a run is named twice; name different runs")
     check_same_rows(runs)
-    part = part or _part(runs)
+    part = _part(runs)
     names = _names(paths)
     data: dict[str, Any] = {"version": __version__, "level": LEVEL, "runs": [], "comparisons": []}
     for name, run in zip(names, runs, strict=True):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import glob
 import os
 from collections import Counter
 from pathlib import Path
@@ -16,7 +15,7 @@ from rich.table import Table
 from mtrain.config import check_config
 from mtrain.data.discover import Guess, discover
 from mtrain.data.prepare import Prepared, Source, prepare, read_source
-from mtrain.data.sources import PYTHON, search_folders
+from mtrain.data.sources import PYTHON, folder_of, search_folders
 from mtrain.data.splits import SOURCE
 from mtrain.errors import UserError, some
 from mtrain.report.say import say
@@ -43,6 +42,8 @@ def init(data: str, output: Path | None, given: dict[str, Any], force: bool, con
         UserError: the file exists, or no config that trains can be made from the data.
     """
     output = output or Path(f"{_stem(data)}.yaml")
+    if output.exists() and os.path.exists(data) and output.samefile(data):
+        raise UserError(f"--output {output}: is the data; choose another file for the config")
     if output.exists() and not force:
         raise UserError(f"{output}: exists; choose another file with -o, or write over it with --force")
     if not output.parent.is_dir():
@@ -138,10 +139,9 @@ def _portable(path: Any, root: str | None, output: Path) -> Any:
     """The path as the config's own folder sees it, or a whole one; as it is where it is found under a root, or is no file."""
     if isinstance(path, dict):
         return {part: _beside(file, output) for part, file in path.items()}
-    for folder in search_folders(root):
-        full = folder / os.path.expanduser(path)
-        if os.path.exists(full) or glob.glob(str(full), recursive=True):
-            return _beside(str(full), output) if folder == Path(".") and root is None else path
+    folder = folder_of(path, search_folders(root))
+    if folder == Path(".") and root is None:
+        return _beside(os.path.expanduser(path), output)
     return path
 
 

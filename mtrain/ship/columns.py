@@ -10,6 +10,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
+from mtrain.errors import UserError
+
 OWN = "prediction"  # the column of each row's own task
 
 
@@ -57,11 +59,32 @@ def to_table(
     outputs: Sequence[Output], value_NV: NDArray[np.float64], kept: pa.Table, task: str | None, own_task: bool = False
 ) -> pa.Table:
     """What is written for some rows: columns of the input that are kept; where `task`, the column that says each row's task, is
-    one of them, `prediction` with the number for it; and, unless `own_task`, the columns of all tasks."""
+    one of them, `prediction` with the number for it; and, unless `own_task`, the columns of all tasks.
+
+    Raises:
+        UserError: two of them have one name.
+    """
+    _check_names(outputs, kept.column_names, task, own_task)
     columns = {name: kept[name] for name in kept.column_names}
     if task in columns:
         columns[OWN] = _own_value(outputs, value_NV, columns[task])
     return pa.table(columns if own_task else columns | to_columns(outputs, value_NV))
+
+
+def _check_names(outputs: Sequence[Output], kept: Sequence[str], task: str | None, own_task: bool) -> None:
+    """Refuse two columns of one name, of which one would be lost."""
+    columns = [(name, f"column '{name}' of the table") for name in kept]
+    if task in kept:
+        columns.append((OWN, "the prediction for each row's own task"))
+    for output in () if own_task else outputs:
+        what = f"a prediction of task '{output.task}'"
+        columns += [(name, what) for name in dict.fromkeys((output.task, *output.values))]
+    named: dict[str, str] = {}
+    for name, what in columns:
+        if name in named:
+            alone = f", or leave column '{task}' out, or the tasks (--own-task)" if name == OWN and task in kept else ""
+            raise UserError(f"{named[name]} and {what} would both be named '{name}'; rename one{alone}")
+        named[name] = what
 
 
 def _own_value(outputs: Sequence[Output], value_NV: NDArray[np.float64], task_N: pa.ChunkedArray) -> pa.Array:

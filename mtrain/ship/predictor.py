@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.csv as pacsv
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
@@ -58,14 +58,15 @@ class Predictor:
             backend: what computes: torch, or onnxruntime, which then needs no torch.
 
         Raises:
-            UserError: it is no such folder, of another format, or lacks the model for the backend.
+            UserError: it is no such folder, of another format, damaged, or lacks the model for the backend.
         """
         folder = Path(folder)
         if not (folder / ABOUT).is_file():
             raise UserError(f"{folder}: holds no {ABOUT}; expected a folder that mtrain export wrote")
-        about = json.loads((folder / ABOUT).read_text())
-        if about["format"] != VERSION:
-            raise UserError(f"{folder}: is of format {about['format']}, this mtrain reads {VERSION}; export the run again")
+        with _whole(folder / ABOUT):
+            about = json.loads((folder / ABOUT).read_text())
+            if about["format"] != VERSION:
+                raise UserError(f"{folder}: is of format {about['format']}, this mtrain reads {VERSION}; export the run again")
         loaders: dict[str, tuple[str, Callable[[Path], Model]]] = {"torch": (PROGRAM, _torch), "onnx": (ONNX, _onnx)}
         if backend not in loaders:
             raise UserError(f"backend '{backend}' is unknown{nearest(backend, loaders)}")
@@ -73,11 +74,15 @@ class Predictor:
         if not (folder / file).is_file():
             raise UserError(f"{folder}: holds no {file}, which backend '{backend}' needs; export the run again with it")
         features = []
-        for item in json.loads((folder / INPUTS).read_text()):
-            feature = build(Spec.model_validate(item["feature"]), FEATURES, f"{folder / INPUTS}")
-            feature.load_state_dict(item["state"])
-            features.append((item["columns"], feature))
-        return Predictor(load(folder / file), features, about)
+        with _whole(folder / INPUTS):
+            for item in json.loads((folder / INPUTS).read_text()):
+                feature = build(Spec.model_validate(item["feature"]), FEATURES, f"{folder / INPUTS}")
+                feature.load_state_dict(item["state"])
+                features.append((item["columns"], feature))
+        with _whole(folder / file):
+            model = load(folder / file)
+        with _whole(folder / ABOUT):
+            return Predictor(model, features, about)
 
     def predict(self, table: Any) -> Any:
         """A column for each number of each row, as `mtrain predict` writes them; a key that is among the columns comes along.
@@ -96,7 +101,7 @@ class Predictor:
         value_NV = self.values(rows)
         if self._task in rows.column_names:
             self._warn_of_tasks(rows[self._task])
-        kept = rows.select([name for name in (self._key, self._task) if name in rows.column_names])
+        kept = rows.select([name for name in dict.fromkeys((self._key, self._task)) if name in rows.column_names])
         found = to_table(self.outputs, value_NV, kept, self._task)
         return found if isinstance(table, pa.Table | str | Path) else found.to_pandas().set_index(table.index)
 
@@ -113,8 +118,12 @@ class Predictor:
     def values(self, rows: pa.Table) -> NDArray[np.float64]:
         """The numbers `[N, V]` of the rows, in the order of `outputs`; NaN where a row cannot be used."""
         for name in self.columns:
-            if name not in rows.column_names:
-                raise UserError(f"no column '{name}' in the table{nearest(name, rows.column_names)}")
+            if (times := rows.column_names.count(name)) != 1:
+                raise UserError(
+                    f"{times} columns of the table are named '{name}', expected one; rename or drop the others"
+                    if times
+                    else f"no column '{name}' in the table{nearest(name, rows.column_names)}"
+                )
         if not len(rows):
             return np.empty((0, sum(len(output.values) for output in self.outputs)))
         encoded = [encode_column(rows, names, feature, cache=False) for names, feature in self._features]
@@ -153,11 +162,35 @@ def _to_arrow(table: Any) -> pa.Table:
         path = Path(table)
         if not path.is_file():
             raise UserError(f"{path}: no such file")
-        if path.suffix in (".parquet", ".pq"):
-            return pq.read_table(path)
-        if ".csv" in path.suffixes:
-            return pacsv.read_csv(path)
-        raise UserError(f"{path}: expected a .parquet or .csv file; read others yourself and give the table")
-    if hasattr(table, "to_dict"):
+        if not {".parquet", ".pq", ".csv", ".tsv"} & set(path.suffixes):
+            raise UserError(f"{path}: expected a .parquet, .csv or .tsv file; read others yourself and give the table")
+        try:
+            if path.suffix in (".parquet", ".pq"):
+                return pq.read_table(path)
+            import pandas as pd
+
+            # as tables are read for training, or an empty cell or NA would be another category
+            table = pd.read_csv(path, sep="\t" if ".tsv" in path.suffixes else ",", low_memory=False)
+        except (OSError, ValueError, pa.ArrowException) as error:
+            raise UserError(f"{path}: cannot be read, {_first_line(error)}") from error
+    if not hasattr(table, "iloc"):
+        raise UserError(f"found {type(table).__name__}, expected a data frame of pandas, a table of pyarrow, or a path")
+    try:
         return pa.Table.from_pandas(table, preserve_index=False)
-    raise UserError(f"found {type(table).__name__}, expected a data frame of pandas, a table of pyarrow, or a path")
+    except (ValueError, TypeError) as error:  # columns of one name, or of values of several types
+        raise UserError(f"the data frame cannot be used, {_first_line(error)}") from error
+
+
+@contextmanager
+def _whole(file: Path) -> Iterator[None]:
+    """Say that a file is missing or damaged; what reads it raises many types."""
+    try:
+        yield
+    except (UserError, ImportError):
+        raise
+    except Exception as error:
+        raise UserError(f"{file}: cannot be read, {_first_line(error)}; export the run again") from error
+
+
+def _first_line(error: BaseException) -> str:
+    return f"{type(error).__name__}: {next(iter(str(error).strip().splitlines()), '')[:300]}"

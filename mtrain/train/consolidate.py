@@ -54,6 +54,8 @@ def _to_file(run: RunDir, output: Path, console: Console) -> None:
         raise UserError(f"--output {output}: expected a name that ends in .safetensors")
     if output.is_dir():
         raise UserError(f"--output {output}: is a directory, expected the name of a file")
+    if not output.absolute().parent.is_dir():
+        raise UserError(f"--output {output}: no folder {output.parent}; make it first")
     several = [each for each in run.splits() if each.path != run.path]
     if several:
         named = ", ".join(str(each.path) for each in several)
@@ -81,6 +83,8 @@ def _to_run(source: Path, output: Path, console: Console) -> None:
     metadata, tensors = _read(source)
     if output.exists() and not (output.is_dir() and not any(output.iterdir())):
         raise UserError(f"--output {output}: exists; expected the name of a new run directory")
+    if output.suffix == ".safetensors":
+        raise UserError(f"--output {output}: {source} becomes a run directory, expected a name without .safetensors")
     checkpoint = json.loads(metadata["checkpoint"])
     step, about = checkpoint["step"], checkpoint["about"]
     if about["final"] == step:  # the selected model, which is another one, is not in the file
@@ -121,6 +125,8 @@ def _read(source: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
         raise UserError(f"{source}: was not written by mtrain consolidate: its metadata do not say what the model is")
     if metadata["mtrain"] != VERSION:
         raise UserError(f"{source}: is of format {metadata['mtrain']}, this mtrain reads {VERSION}; update mtrain")
+    if lost := [name for name in ("checkpoint", "config.yaml", TABLE) if name not in metadata]:
+        raise UserError(f"{source}: its metadata lack {lost[0]}; write the file again from its run")
     return metadata, tensors
 
 

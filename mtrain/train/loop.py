@@ -51,7 +51,7 @@ from mtrain.train.run_dir import RunDir
 from mtrain.train.state import by_task, head_stacks, trunk_tensors
 from mtrain.train.step import Stepper, Totals, count
 from mtrain.train.stop import Preempted, stop_signals
-from mtrain.train.task_gradients import make_task_gradients
+from mtrain.train.task_gradients import make_task_gradients, refuse_unused
 from mtrain.train.tracker import Tracker
 
 DEFAULT_EPOCHS = 30.0
@@ -211,12 +211,12 @@ class Trainer:
         self.run_id: str | None = None
         self.seconds = self.waited = self.in_steps = 0.0
         self.rows = 0
-        self._build()
+        self._build(anew=not run_dir.has_trained)
         self.evaluator.check_metric(config.select.metric)
         self.selection = Selection(HIGHER_IS_BETTER[config.select.metric])
 
-    def _build(self) -> None:
-        """Model, optimizers and step at their start; a refit begins here again."""
+    def _build(self, anew: bool) -> None:
+        """Model, optimizers and step at their start, where a refit begins again; `anew`: no checkpoint is put in after it."""
         config, train, device = self.config, self.config.train, self.accelerator.device
         self.accelerator.free_memory()
         self.bad_steps = 0
@@ -226,7 +226,7 @@ class Trainer:
         self.plan = make_plan(self.work, self.world.size)
         self.shard = Shard(self.world, self.plan)
         self.bank = build_bank(self.tasks, config, self.shared, self.shard.own).to(device)
-        if config.init_from:
+        if config.init_from and anew:
             self.taken = load_start(RunDir(Path(config.init_from)), config, self.tasks, self.shared, self.bank)
         if "trunk" in config.freeze:
             self.shared.requires_grad_(False).eval()
@@ -307,12 +307,14 @@ class Trainer:
                 self.shared,
                 self.bank,
                 self.shard,
-                self.config.data.layout,
+                self.config.data.by_task,
                 isinstance(self.prepared.parts["train"].labels, Grid),
                 config.balancing,
                 self.config.train.global_batch,
                 whole_trunk=not (self.config.train.compile or self.accelerator.distributed_type is DistributedType.FSDP),
             )
+        else:
+            refuse_unused(name, config.balancing)
         return Balancing(balancer, facts, config.balancing, gradients, self.shard)
 
     def run(self, start: Saved | None = None) -> dict[str, Any]:
@@ -352,7 +354,7 @@ class Trainer:
         if "valid" in parts:
             scores["valid"] = self.evaluator.score(inputs, parts["valid"], choose_threshold=True, keep=self._keep("valid"))
         if self.config.split.refit:
-            self._build()
+            self._build(anew=not in_refit)
             phase = self._phase("refit", joined([parts["train"], parts["valid"]], len(self.tasks)), steps)
             steps = self._train(phase, start if in_refit else None)
         if "test" in parts:
@@ -677,11 +679,15 @@ def load_start(run: RunDir, config: Config, tasks: TaskTable, shared: SharedMode
     """Start from another run: its trunk, and where heads have the same layers those of tasks with the same name, kind and
     classes; returns the tasks whose heads were taken over.
 
+    Of a run of several split seeds it is the split of the same seed, and the model before a refit: the same seed keeps the same
+    rows of the same data apart, so neither has been trained on what this run validates and tests on.
+
     Raises:
         UserError: the trunks differ; the first differing parameters are named.
     """
-    one = run.splits()[0]
-    saved, head, theirs = one.model(), config.model.head, one.config().model.head
+    splits = run.by_seed(run.config().split.seeds)
+    one = splits.get(config.split.seeds[0], next(iter(splits.values())))
+    saved, head, theirs = one.best(), config.model.head, one.config().model.head
     try:
         check_tasks(shared, one.tasks().names, tasks.names)
         saved.copy_into(trunk_tensors(shared))

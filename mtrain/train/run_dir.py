@@ -32,9 +32,9 @@ _NO_MODEL = "holds no model yet, as it has not been evaluated; continue it with 
 
 # Changing these does not make another run.
 MAY_CHANGE = (
-    "run_dir", "tracker", "data.root", "data.workers", "data.in_memory", "train.epochs", "train.steps", "train.log_every",
-    "train.save_every", "train.keep_checkpoints", "train.timeout_minutes", "train.compile", "train.max_bad_steps",
-    "select.patience", "select.predictions",
+    "run_dir", "tracker", "data.root", "data.workers", "data.in_memory", "data.retries", "data.on_error", "train.epochs",
+    "train.steps", "train.micro_batch", "train.log_every", "train.save_every", "train.keep_checkpoints",
+    "train.timeout_minutes", "train.compile", "train.max_bad_steps", "select.patience", "select.predictions",
 )  # fmt: skip
 
 
@@ -108,10 +108,13 @@ class RunDir:
 
     def splits(self) -> list[RunDir]:
         """The runs of the split seeds; the run itself if there is one seed."""
-        seeds = self.config().split.seeds
+        return list(self.by_seed(self.config().split.seeds).values())
+
+    def by_seed(self, seeds: Sequence[int]) -> dict[int, RunDir]:
+        """Where a run with these split seeds keeps each of them."""
         if len(seeds) == 1:
-            return [self]
-        return [RunDir(self.path / f"split-{seed}", self.keep_checkpoints, self.world) for seed in seeds]
+            return {seeds[0]: self}
+        return {seed: RunDir(self.path / f"split-{seed}", self.keep_checkpoints, self.world) for seed in seeds}
 
     def model(self) -> Saved:
         """The checkpoint to predict with: of the refit where that is done, else the selected one.
@@ -122,8 +125,8 @@ class RunDir:
         return self._kept("final", "best")
 
     def best(self) -> Saved:
-        """The selected checkpoint."""
-        return self._kept("best")
+        """The selected checkpoint, before a refit; the refitted one in a run that was made from a file of its model."""
+        return self._kept("best", "final")
 
     def _kept(self, *keys: str) -> Saved:
         """The checkpoint that the newest one names by the first of these keys that it has."""

@@ -27,6 +27,7 @@ from mtrain.balance.gradients import (
     unbiased_grid,
     unbiased_rows,
 )
+from mtrain.components import is_own
 from mtrain.config import BalancingConfig
 from mtrain.data.batch import Deal
 from mtrain.errors import UserError
@@ -52,6 +53,21 @@ class Layer:
     def _keep(self, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         if self.wanted and torch.is_grad_enabled():
             self.h_BI, self.output = inputs[0].detach(), output
+
+    def must_give(self, shared: SharedModel) -> None:
+        """Refuse the layer in its first step where its output is not what the shared network gives."""
+
+        def check(module: nn.Module, inputs: tuple[Tensor, ...], features_BD: Tensor) -> None:
+            if self.wanted and torch.is_grad_enabled():
+                hook.remove()
+                same = self.output.shape == features_BD.shape
+                if not (same and torch.allclose(self.output.float(), features_BD.float(), 0, 0, equal_nan=True)):
+                    raise UserError(
+                        "model.trunk: its `neck`, where gradients per task are taken, does not give what forward returns; let "
+                        "forward return its output, give the attribute another name, or set objective.balancing.level: features"
+                    )
+
+        hook = shared.register_forward_hook(check)
 
     @property
     def width(self) -> int:
@@ -370,7 +386,7 @@ def make_task_gradients(
     shared: SharedModel,
     bank: HeadBank,
     shard: Shard,
-    layout: str,
+    by_task: bool,
     grid: bool,
     config: BalancingConfig,
     batch: int,
@@ -382,7 +398,8 @@ def make_task_gradients(
         name: of what needs them, for messages.
         products: whether inner products are needed, beside norms.
         shared: the shared network before it is wrapped.
-        grid: whether every head reads every row: the labels of a layout other than `grid` may be dense as well.
+        by_task: whether a row belongs to one task.
+        grid: whether every head reads every row: the labels of layout pairs may be dense as well.
         batch: rows of a global batch.
         whole_trunk: whether the trunk runs as it is, neither compiled nor sharded.
 
@@ -390,7 +407,6 @@ def make_task_gradients(
         UserError: the level cannot be had with this trunk or layout, or an option is out of range.
     """
     at = "objective.balancing"
-    by_task = layout in ("routed", "files")
     neck = shared.linear_neck
     if not any(p.requires_grad for p in shared.parameters()):
         raise UserError(f"objective.balancer: {name} needs the tasks' gradients at the trunk, but the trunk is frozen")
@@ -416,15 +432,34 @@ def make_task_gradients(
     if config.level == "trunk":
         layers = _linear_layers(shared, f"{at}.level: trunk")
         if not by_task:
-            raise UserError(f"{at}.level: trunk needs rows of one task each, but the layout is {layout}; use neck or features")
+            raise UserError(
+                f"{at}.level: trunk needs rows of one task each, as of layouts routed and files; use neck or features"
+            )
         if not whole_trunk:
             raise UserError(
                 f"{at}.level: trunk needs a trunk that is neither compiled nor sharded by FSDP; use neck or features"
             )
     kept = [Layer(layer) for layer in layers]
+    if config.level == "neck" and is_own(shared.trunk):
+        kept[0].must_give(shared)
     if grid:
         return GridGradients(products, kept, bank, shard, config, batch)
     return LabelGradients(products, kept, bank, shard, config, by_task)
+
+
+def refuse_unused(name: str, config: BalancingConfig) -> None:
+    """Refuse options of gradients where there are none to take.
+
+    Raises:
+        UserError: one of them is not as it is by default.
+    """
+    usual = BalancingConfig()
+    for option in ("every", "smoothing", "projections", "level", "unbiased"):
+        if getattr(config, option) != getattr(usual, option):
+            raise UserError(
+                f"objective.balancing.{option}: {name} takes no gradients of tasks; leave it out, choose a balancer that does, "
+                "or set affinity"
+            )
 
 
 def _linear_layers(shared: SharedModel, at: str) -> list[nn.Linear]:

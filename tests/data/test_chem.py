@@ -121,6 +121,12 @@ def test_only_one_column_of_text_is_read():
         ECFP().encode(pa.table({"a": [1]}))
 
 
+def test_a_column_of_categories_is_read_as_its_text():
+    categories = pa.table({"smiles": pa.array(SMILES).dictionary_encode()})
+    for encoded in (ECFP().encode(categories), encode_column(categories, ["smiles"], ECFP())):
+        np.testing.assert_array_equal(encoded.values, ECFP().encode(TABLE).values)
+
+
 def raw_descriptors():
     return np.array([[f(m) for _, f in RDKitDescriptors.descList] for m in MOLECULES])
 

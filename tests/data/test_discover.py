@@ -347,6 +347,44 @@ def test_lists_are_arrays_scaled_by_what_they_hold(tmp_path):
     assert guess.tree["inputs"]["x"] == {"class_path": "Array", "init_args": {"normalize": "rms"}}
     assert guess.tree["inputs"]["e"] == {"class_path": "Array", "init_args": {"standardize": True}}
     assert of(guess, "label") == ["n"]
+    gaps = pd.DataFrame({"x": [[0.0, None], None] * 15, "tags": [["a", "b"]] * 30, "n": rng.normal(size=30)})
+    guess = found(tmp_path, gaps, name="g.parquet")
+    assert guess.tree["inputs"] == {"x": {"class_path": "Array", "init_args": {"normalize": "rms"}}}
+    assert "lists of something else than numbers" in reason(guess, "tags")
+
+
+def test_a_column_of_numbers_that_is_called_as_the_datas_splits_is_an_input(tmp_path):
+    guess = found(tmp_path, numbers(["__source__", "x2", "y"]))
+    assert guess.tree["split"]["by"] == "random"
+    assert of(guess, "input") == ["__source__", "x2"]
+
+
+def test_numbers_with_a_text_among_them_are_said_to_be_that(tmp_path):
+    frame = numbers(["c", "a", "b"]).astype({"a": object, "b": object})
+    frame.loc[7, "a"] = "<0.1"
+    frame["b"] = [f"remark {i}" for i in range(60)]
+    guess = found(tmp_path, frame.assign(x1=1.5 * np.arange(60)))
+    assert "numbers, but '<0.1' in 1 of 60 rows: mend those" in reason(guess, "a")
+    assert "free text" in reason(guess, "b")
+
+
+def test_a_file_that_seems_to_lack_a_header_is_mentioned(tmp_path):
+    assert "seem to be values: if the file has no header" in found(tmp_path, numbers(["0.5", "-1.25", "3"])).notes[0]
+    assert not found(tmp_path, numbers(["0", "1", "2"])).notes
+
+
+def test_a_text_that_is_named_as_a_label_is_mentioned(tmp_path):
+    texts = [f"{i}" if i % 2 else f"a {i}" for i in range(60)]
+    guess = found(tmp_path, numbers(["a", "b"]).assign(y=texts))
+    assert of(guess, "label") == ["b"]
+    assert "1 column (y) is named as labels, but free text; if labels: --labels y" in guess.notes
+    assert not found(tmp_path, numbers(["a", "b", "target"]).assign(y=texts)).notes
+
+
+def test_an_index_that_pandas_wrote_is_neither_an_input_nor_the_label(tmp_path):
+    guess = found(tmp_path, numbers(["a", "b", "c"]).assign(__index_level_0__=np.arange(60)), name="t.parquet")
+    assert "index of a pandas data frame" in reason(guess, "__index_level_0__")
+    assert of(guess, "label") == ["c"]
 
 
 def test_files_are_tasks_splits_or_pieces_of_a_table(tmp_path):
@@ -391,6 +429,7 @@ def test_what_cannot_be_used_ends_in_one_line(tmp_path, frame, line):
     ("given", "line"),
     [
         ({"data": {"key": "nope"}}, "data.key: no column 'nope'"),
+        ({"data": {"task": "a", "label": "a"}}, "data.task and data.label: are both 'a', expected different columns"),
         ({"data": {"layout": "routed"}}, "layout routed: no column can be the task's; name it with --task"),
         ({"tasks": {"labels": ["z*"]}}, "tasks.labels: 'z\\*' matches no column"),
         ({"inputs": ["q"]}, "inputs: no column 'q'"),

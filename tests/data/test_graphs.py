@@ -115,3 +115,15 @@ def test_what_is_no_file_of_arrays_is_refused(tmp_path, content):
     (tmp_path / "g.npz").write_bytes(content)
     with pytest.raises(UserError, match=r"g.npz: not a file of numpy arrays \(.npz\)"):
         read_graph("g.npz", str(tmp_path))
+
+
+def test_one_array_without_a_name_is_refused(tmp_path):
+    np.save(tmp_path / "g.npy", X)
+    with pytest.raises(UserError, match=r"g.npy: not a file .*: one array without a name; write it with np.savez"):
+        read_graph("g.npy", str(tmp_path))
+
+
+def test_a_table_in_place_of_a_graph_is_refused_without_numpys_advice(tmp_path):
+    (tmp_path / "edges.csv").write_text("from,to\n0,1\n")
+    with pytest.raises(UserError, match=r"\(.npz\): of another format, or with Python objects in it; write it with np.savez$"):
+        read_graph("edges.csv", str(tmp_path))

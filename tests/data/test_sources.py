@@ -14,7 +14,7 @@ from frames import check, frame, parts, save
 
 from mtrain.config import DataConfig
 from mtrain.data import sources
-from mtrain.data.sources import open_many, open_mapped, open_stream, open_table, to_arrow
+from mtrain.data.sources import open_data, open_many, open_mapped, open_stream, to_arrow
 from mtrain.data.splits import SOURCE
 from mtrain.data.tables import ParquetTable, ReadError
 from mtrain.errors import UserError
@@ -23,7 +23,7 @@ TABLE = pa.table({"x": [1.5, 2.5, None], "n": [1, 2, 3], "t": ["a", None, "c"]})
 
 
 def opened(path, **options):
-    return open_table(DataConfig(path=path, layout="grid", **options))
+    return open_data(DataConfig(path=path, layout="grid", **options), None)[0].data
 
 
 def write(path, table=TABLE):
@@ -84,7 +84,7 @@ def test_relative_paths_are_looked_for_in_four_places(tmp_path, monkeypatch, way
         monkeypatch.setenv("MTRAIN_DATA", str(tmp_path / "here"))
     root = str(tmp_path / "here") if way == "root" else None
     config = DataConfig(path="t.csv", layout="grid", root=root)
-    assert len(open_table(config, tmp_path / "here" if way == "beside the config" else None)) == 3
+    assert len(open_data(config, tmp_path / "here" if way == "beside the config" else None)[0]) == 3
 
 
 def test_a_function_may_give_the_table(tmp_path, monkeypatch):

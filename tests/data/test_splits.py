@@ -11,10 +11,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import mtrain
-from mtrain.data.splits import Split, overlap, split, split_hash
+from mtrain.config import SplitConfig
+from mtrain.data.splits import overlap, split, split_hash
 from mtrain.errors import UserError
 
 PARTS = {"train": 0.7, "valid": 0.1, "test": 0.2}
+
+
+def Split(by="random", parts=None, **options):
+    return SplitConfig(by=by, parts=parts or {}, **options)
 
 
 def run(spec, n, seed=0, table=None, **given_):
@@ -155,12 +160,11 @@ def test_within_task_adding_a_task_moves_no_other_tasks_rows():
 
 def test_stratified_keeps_each_class_at_its_fraction():
     y = np.random.default_rng(0).choice(["x", "y", "z"], 1000, p=[0.8, 0.15, 0.05])
-    for given_ in ({"y": y}, {"table": {"c": pa.array(y)}}):
-        parts = run(Split("stratified", PARTS, column="c" if "table" in given_ else None), 1000, **given_)
-        assert_partition(parts, 1000)
-        for name, fraction in PARTS.items():
-            for label in "xyz":
-                assert abs((y[parts[name]] == label).sum() - fraction * (y == label).sum()) < 1
+    parts = run(Split("stratified", PARTS, column="c"), 1000, table={"c": pa.array(y)})
+    assert_partition(parts, 1000)
+    for name, fraction in PARTS.items():
+        for label in "xyz":
+            assert abs((y[parts[name]] == label).sum() - fraction * (y == label).sum()) < 1
 
 
 @pytest.mark.parametrize("key", [None, np.repeat(np.arange(50), 2)])
@@ -310,13 +314,14 @@ def test_parts_come_in_the_configs_order_and_a_part_of_zero_is_empty():
 def test_another_process_gives_the_same_parts_and_another_seed_does_not():
     code = """
 import numpy as np
-from mtrain.data.splits import Split, split, split_hash
+from mtrain.config import SplitConfig
+from mtrain.data.splits import split, split_hash
 n = 300
 table = {"g": np.arange(n) // 4, "c": np.arange(n) % 3}
 task = np.array([f"t{i % 7}" for i in range(n)])
 for seed in (0, 1):
-    group, stratified = Split("group", column="g"), Split("stratified", column="c")
-    for spec in (Split(), group, stratified, Split("kfold"), Split("within_task")):
+    ways = [{}, {"by": "group", "column": "g"}, {"by": "stratified", "column": "c"}, {"by": "kfold"}, {"by": "within_task"}]
+    for spec in [SplitConfig(**way) for way in ways]:
         print(split_hash(split(spec, seed, n=n, columns=table.__getitem__, task_N=task)))
 """
     env = os.environ | {"PYTHONPATH": str(Path(mtrain.__file__).parents[1])}

@@ -98,8 +98,9 @@ def test_a_saved_folder_is_read_as_its_file(path, tmp_path):
 
 
 def test_bad_options_and_columns_are_said_in_one_line(path):
-    with pytest.raises(UserError, match=r"max_length is 4, expected at least 5 with this tokenizer"):
-        Tokens(path, max_length=4)
+    for length in (4, 1 << 20):
+        with pytest.raises(UserError, match=rf"max_length is {length}, expected 5 to 1048575 with this tokenizer"):
+            Tokens(path, max_length=length)
     with pytest.raises(
         UserError, match=r"tokenizer 'no/such' cannot be loaded \(.*expected a hub name, a folder or a tokenizer.json"
     ):
@@ -115,3 +116,12 @@ def test_a_missing_package_names_its_extra(path, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(UserError, match=r'Tokens needs transformers: pip install "mtrain\[text\]"'):
         Tokens(path)
+
+
+def test_a_path_may_begin_with_the_home_folder_and_must_be_there(path, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    shutil.copy(path, tmp_path / "own.json")
+    assert Tokens("~/own.json").version() == Tokens(path).version()
+    for gone in ("~/gone.json", str(tmp_path / "gone"), "./gone"):
+        with pytest.raises(UserError, match=rf"Tokens: tokenizer '{gone}': no such file or folder; mend the path"):
+            Tokens(gone)

@@ -151,6 +151,31 @@ def test_a_fusion_that_cannot_be_is_refused_in_one_line(inputs, options, words):
         assert "\n" not in str(caught.value)
 
 
+class Picky(nn.Module):
+    """A user's own encoder, which looks at its values."""
+
+    def __init__(self, in_features: int):
+        super().__init__()
+        self.linear, self.out_features = nn.Linear(in_features, 2), 2
+
+    def forward(self, x_BF):
+        z_BD = self.linear(x_BF)
+        return z_BD if z_BD.sum() > 0 else -z_BD
+
+
+@pytest.mark.parametrize(
+    ("trunk", "option", "named"),
+    [("ModelFusion", "encoder", "model.trunk.init_args.encoder: 2"), ("MMoE", "expert", "model.trunk.init_args.expert: 8")],
+)
+def test_networks_that_cannot_run_as_one_are_refused_in_one_line(trunk, option, named):
+    encoder = f"{__name__}.Picky"
+    ranges = {"a": [slice(0, 3)], "b": [slice(3, 6)]}
+    with pytest.raises(UserError, match=f"{named} networks .*Picky cannot run as one by torch.func.vmap") as caught:
+        build_shared(ModelConfig(trunk=Spec(class_path=trunk, init_args={option: encoder})), ranges, 0)
+    assert "\n" not in str(caught.value)
+    build_shared(ModelConfig(trunk=Spec(class_path="FeatureFusion", init_args={"encoder": encoder})), ranges, 0)
+
+
 @pytest.mark.slow
 def test_many_small_encoders_are_faster_than_a_loop():
     from mtrain.bench.fusion import CASES, compare

@@ -106,18 +106,17 @@ def test_dropout_of_a_node_depends_on_the_step_and_not_on_the_batch(tmp_path, gr
 
 
 @pytest.mark.parametrize(
-    ("options", "rows", "line"),
+    ("rows", "line"),
     [
-        ({}, [60.0], "node number 60, expected whole numbers from 0 to 59"),
-        ({}, [3.0, -1.0], "node number -1"),
-        ({}, [0.5], "node number 0.5, .*standardize: false"),
-        ({}, [float("nan")], "node number nan"),
-        ({"convs": [Spec(class_path="GATv2Conv", init_args={"heads": 2})]}, [0.0], "gives 128 features, expected width, 64"),
+        ([60.0], "node number 60, expected whole numbers from 0 to 59"),
+        ([3.0, -1.0], "node number -1"),
+        ([0.5], "node number 0.5, .*standardize: false, impute: error"),
+        ([float("nan")], "node number nan"),
     ],
 )
-def test_what_a_node_graph_cannot_compute_is_said(tmp_path, graph, options, rows, line):
+def test_what_is_no_node_is_said(tmp_path, graph, rows, line):
     with pytest.raises(UserError, match=line):
-        node_graph(tmp_path, **options)(torch.tensor(rows)[:, None])
+        node_graph(tmp_path)(torch.tensor(rows)[:, None])
 
 
 @pytest.mark.parametrize(
@@ -127,6 +126,18 @@ def test_what_a_node_graph_cannot_compute_is_said(tmp_path, graph, options, rows
         ("NodeGraph", 1, {"graph": "gone.npz"}, "graph gone.npz: no such file"),
         ("NodeGraph", 1, {"graph": "graph.npz", "convs": ["GCNconv"]}, "convs: 'GCNconv' is unknown; did you mean 'GCNConv'"),
         ("NodeGraph", 1, {"graph": "graph.npz", "convs": ["BatchNorm"]}, "convs: 'BatchNorm' is no graph layer"),
+        (
+            "NodeGraph",
+            1,
+            {"graph": "graph.npz", "convs": [{"class_path": "GATv2Conv", "init_args": {"heads": 2}}]},
+            r"convs: 'GATv2Conv' gives \[2, 128\] for 2 nodes, expected \[2, 64\] \(width\); with several heads set concat",
+        ),
+        (
+            "NodeGraph",
+            1,
+            {"graph": "graph.npz", "convs": ["PointNetConv"]},
+            "convs: 'PointNetConv' fails on nodes and edges alone \\(TypeError: .*; use a layer that needs no more",
+        ),
         ("NodeGraph", 1, {"graph": "graph.npz", "width": 0}, "width is 0"),
         ("NodeGraph", 1, {}, "model.trunk.init_args.graph: is missing"),
         ("GraphNet", 1024, {}, "reads packed molecules, as the feature MolGraph gives them; found 1024 inputs"),

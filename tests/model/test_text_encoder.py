@@ -18,6 +18,9 @@ SIZE = {"vocab_size": 40, "hidden_size": 16, "num_hidden_layers": 2, "num_attent
 BERT = {"model_type": "bert", "intermediate_size": 24, "max_position_embeddings": 16} | SIZE
 GPT2 = {"model_type": "gpt2", "n_positions": 16, "bos_token_id": 1, "eos_token_id": 1} | SIZE
 LLAMA = {"model_type": "llama", "intermediate_size": 24, "num_key_value_heads": 2} | SIZE
+VIT = {
+    "model_type": "vit", "hidden_size": 8, "num_attention_heads": 2, "num_hidden_layers": 1, "intermediate_size": 8,
+}  # fmt: skip
 T5 = {
     "model_type": "t5", "vocab_size": 40, "d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 2, "num_heads": 2,
 }  # fmt: skip
@@ -152,16 +155,22 @@ def test_the_start_depends_on_the_seed_alone():
         ({}, "give model (a hub name or folder) or config (for new weights), one of the two"),
         ({"model": "a", "config": BERT}, "one of the two"),
         ({"model": "no/such/folder"}, "model 'no/such/folder' cannot be loaded ("),
+        ({"model": "~/no/such/folder"}, "model '~/no/such/folder': no such file or folder; mend the path"),
         ({"config": {"hidden_size": 16}}, "config lacks model_type, expected one such as bert"),
-        ({"config": {"model_type": "brt"}}, "expected model_type, such as bert"),
+        ({"config": {"model_type": "brt"}}, "config: unknown model_type 'brt'; did you mean '"),
         ({"config": BERT | {"hiden_size": 3}}, "unknown option 'hiden_size'; did you mean 'hidden_size'?"),
         ({"config": BERT | {"num_attention_heads": 3}}, "makes no model (The hidden size"),
         (
             {"config": BERT | {"max_position_embeddings": 8}},
             "inputs of 12 numbers, but the model takes texts of 8 tokens; lower max_length",
         ),
+        ({"config": VIT}, "ViTModel fails on a text of 12 tokens ("),
         ({"config": BERT, "buckets": 0}, "buckets is 0, expected at least 1"),
         ({"config": BERT, "freeze": ["layers.*"]}, "no parameter 'layers.*'"),
+        ({"config": T5, "dropout": 1.5}, "dropout is 1.5, expected a probability, at least 0 and below 1"),
+        ({"config": LLAMA, "attention_dropout": 2}, "attention_dropout is 2, expected a probability"),
+        ({"config": LLAMA, "dropout": 0.1}, "dropout is 0.1, but a llama has none; leave it out"),
+        ({"config": T5, "attention_dropout": 0.1}, "attention_dropout is 0.1, but a t5 has none; leave it out"),
     ],
 )
 def test_bad_options_are_said_in_one_line(options, message):

@@ -187,7 +187,8 @@ def test_a_run_without_predictions_or_history_is_shown_without_intervals(tmp_pat
         (["nowhere"], "run nowhere: holds no config.yaml"),
         (["run", "run"], "a run is named twice"),
         (["run", "-o", "report.pdf"], "--output report.pdf: expected a name that ends in .html"),
-        (["run", "-o", "no/folder/report.html"], "--output no/folder/report.html: cannot be written"),
+        (["run", "-o", "no/folder/report.html"], "--output no/folder/report.html: no folder no/folder; make it first"),
+        (["run", "-o", "folder.html"], "--output folder.html: is a directory, expected the name of a file"),
         (["run", "--resamples", "0"], "--resamples 0: expected at least 2"),
         (["unfinished"], "run unfinished: holds no summary.json"),
     ],
@@ -197,12 +198,14 @@ def test_mistakes_end_in_one_line(arguments, line, tmp_path, monkeypatch, capsys
     make_run(tmp_path / "run")
     unfinished = make_run(tmp_path / "unfinished")
     (unfinished.path / "summary.json").unlink()
+    (tmp_path / "folder.html").mkdir()
     with pytest.raises(SystemExit) as stop:
         main(["report", *arguments])
     assert stop.value.code == 2
     error = capsys.readouterr().err
     assert error.startswith(f"mtrain: {line}")
     assert error.count("\n") == 1
+    assert {path.name for path in tmp_path.iterdir()} == {"run", "unfinished", "folder.html"}
 
 
 def test_runs_of_one_name_are_told_apart_by_their_folders(tmp_path):

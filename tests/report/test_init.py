@@ -62,6 +62,10 @@ def test_a_file_is_written_over_only_with_force(tmp_path, monkeypatch, capsys):
     assert (tmp_path / "t.yaml").read_text() == "mine"
     assert run(capsys, "init", "t.csv", "--force")[0] == 0
     assert load_config(tmp_path / "t.yaml").data.path == "t.csv"
+    before = (tmp_path / "t.csv").read_bytes()
+    status, _, err = run(capsys, "init", "t.csv", "-o", tmp_path / "t.csv", "--force")
+    assert (status, err) == (2, f"mtrain: --output {tmp_path / 't.csv'}: is the data; choose another file for the config\n")
+    assert (tmp_path / "t.csv").read_bytes() == before
 
 
 def test_options_correct_a_guess_and_any_key_can_follow(tmp_path, monkeypatch, capsys):

@@ -1,4 +1,5 @@
 import json
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -206,6 +207,43 @@ def test_wrong_folders_tables_and_columns_are_said(folder, exported, tmp_path):
         (lambda: predictor.predict(table.drop_columns(["x2"])), "no column 'x2'"),
         (lambda: predictor.predict(tmp_path / "none.csv"), "no such file"),
         (lambda: predictor.predict([1, 2]), "expected a data frame"),
+        (lambda: predictor.predict({"x0": [1.0]}), "found dict, expected a data frame"),
+        (lambda: predictor.predict(table.append_column("x2", table["x2"])), "2 columns of the table are named 'x2'"),
+        (lambda: predictor.predict(pd.DataFrame([[1, 2]], columns=["x0", "x0"])), "the data frame cannot be used, ValueError"),
+        (lambda: predictor.predict(pd.DataFrame({"x0": [1.0, "a"]})), "the data frame cannot be used, Arrow"),
     ):
-        with pytest.raises(UserError, match=words):
+        with pytest.raises(UserError, match=words) as refused:
             call()
+        assert "\n" not in str(refused.value)
+
+
+def test_a_csv_file_is_read_as_mtrain_predict_reads_it(folder, exported, tmp_path):
+    head = "id,colour,x0,x1,x2,x3"
+    cells = ["7,red,1,2,3,4", "8,,1,2,3,4", "9,NA,1,None,3,4", "9,None,1,2,3,4"]
+    (tmp_path / "t.csv").write_text("\n".join([head, *cells]))
+    (tmp_path / "t.tsv").write_text("\n".join([head, *cells]).replace(",", "\t"))
+    expected = predictions(folder, folder / "run", tmp_path / "t.csv")
+    for name in ("t.csv", "t.tsv"):
+        assert_same(Predictor.load(exported).predict(tmp_path / name), expected)
+
+
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("predictor.json", b'{"format": 1, "tas'),
+        ("predictor.json", b"[1]"),
+        ("predictor.json", b'{"format": 1}'),
+        ("features.json", None),
+        ("features.json", b'[{"feature": 1}]'),
+        ("model.pt2", b"PK\3\4 cut short"),
+        ("model.onnx", b"cut short"),
+    ],
+)
+def test_a_damaged_folder_is_said_in_one_line(exported, tmp_path, file, content):
+    copy = shutil.copytree(exported, tmp_path / "model")
+    (copy / file).unlink()
+    if content is not None:
+        (copy / file).write_bytes(content)
+    with pytest.raises(UserError, match=rf"{file}: cannot be read, \w+: .*; export the run again$") as refused:
+        Predictor.load(copy, "onnx" if file == "model.onnx" else "torch")
+    assert "\n" not in str(refused.value)

@@ -9,6 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 from small_runs import mtrain, predictions, table, trained
 
+from mtrain.errors import UserError
 from mtrain.ship import predict as module
 from mtrain.ship.columns import Output, to_table
 
@@ -95,6 +96,35 @@ def test_a_rows_own_task_is_null_where_unknown_or_of_classes():
     assert found["prediction"].to_pylist() == [5.0, None, None, None]
     assert found["b"].to_pylist() == ["y", "x", "x", "x"]
     assert found["c"].to_pylist() == [5.0, 6.0, None, 7.0]
+
+
+@pytest.mark.parametrize(
+    ("table", "own_task", "message"),
+    [
+        (
+            {"task": ["prediction"]},
+            False,
+            "the prediction for each row's own task and a prediction of task 'prediction' would both be named 'prediction'; "
+            "rename one, or leave column 'task' out, or the tasks (--own-task)",
+        ),
+        ({"prediction": [1], "task": ["b=x"]}, True, "column 'prediction' of the table and the prediction for each row's own"),
+        ({"b=y": ["P-1"]}, False, "column 'b=y' of the table and a prediction of task 'b' would both be named 'b=y'; rename"),
+        ({}, False, "a prediction of task 'b=x' and a prediction of task 'b' would both be named 'b=x'; rename one"),
+    ],
+)
+def test_columns_of_one_name_are_refused_not_lost(table, own_task, message):
+    outputs = [Output("b", "multiclass", ("b=x", "b=y"), ("x", "y")), Output("prediction", "binary", ("prediction",))]
+    if not table:
+        outputs = [Output("b=x", "binary", ("b=x",)), outputs[0]]
+    with pytest.raises(UserError) as refused:
+        to_table(outputs, np.ones((1, 3)), pa.table(table or {"id": [1]}), "task", own_task)
+    assert str(refused.value).startswith(message)
+
+
+def test_a_task_named_prediction_is_the_rows_own_where_that_alone_is_written():
+    outputs = [Output("prediction", "binary", ("prediction",)), Output("a", "binary", ("a",))]
+    found = to_table(outputs, np.array([[0.1, 0.2], [0.3, 0.4]]), pa.table({"task": ["a", "prediction"]}), "task", True)
+    assert found["prediction"].to_pylist() == [0.2, 0.3]
 
 
 @pytest.fixture(scope="module")

@@ -178,7 +178,7 @@ def make_stepper(
     if balancer.needs != "losses" or config.balancing.affinity:
         products = balancer.needs == "gram" or config.balancing.affinity
         gradients = make_task_gradients(
-            "balancer", products, model, bank, shard, layout, layout == "grid", config.balancing, 24
+            "balancer", products, model, bank, shard, layout == "routed", layout == "grid", config.balancing, 24
         )
     facts = Facts(tasks.names, torch.zeros(len(tasks), dtype=torch.bool), share_T, device)
     return Stepper(

@@ -281,7 +281,7 @@ def test_gradients_are_taken_every_few_steps_and_smoothed_in_their_squares():
             r"mine needs .* at a linear neck, .* model\.neck to a width",
         ),
         (make_shared().requires_grad_(False), "grid", "gram", {}, "but the trunk is frozen"),
-        (make_shared(), "pairs", "gram", {"level": "trunk"}, "rows of one task each, but the layout is pairs"),
+        (make_shared(), "pairs", "gram", {"level": "trunk"}, "rows of one task each, as of layouts routed and files"),
         (SharedModel(Conv(), D, D), "routed", "norms", {"level": "trunk"}, "linear layers, but trunk.conv is a Conv1d"),
         (SharedModel(Identity(D), D, None), "routed", "norms", {"level": "trunk"}, "frozen"),
         (SharedModel(MLP(D, [D], members=2), D, None), "grid", "gram", {"level": "features"}, "has several members"),
@@ -306,10 +306,10 @@ def test_gradients_are_taken_every_few_steps_and_smoothed_in_their_squares():
 def test_gradients_that_cannot_be_had_are_refused_in_a_line(model, layout, needs, options, message):
     bank, config = make_bank(make_tasks(np.random.default_rng(0))), BalancingConfig(**options)
     with pytest.raises(UserError, match=message):
-        make_task_gradients("mine", needs == "gram", model, bank, None, layout, False, config, 24)
+        make_task_gradients("mine", needs == "gram", model, bank, None, layout == "routed", False, config, 24)
 
 
 def test_a_trunk_that_is_compiled_or_sharded_gives_no_gradients_of_inner_layers():
     bank, config = make_bank(make_tasks(np.random.default_rng(0))), BalancingConfig(level="trunk")
     with pytest.raises(UserError, match="neither compiled nor sharded by FSDP"):
-        make_task_gradients("mine", False, make_shared(), bank, None, "routed", False, config, 24, whole_trunk=False)
+        make_task_gradients("mine", False, make_shared(), bank, None, True, False, config, 24, whole_trunk=False)

@@ -127,6 +127,7 @@ def broken(folder):
     (folder / "text.safetensors").write_text("no tensors")
     save_file({"w": torch.ones(2)}, folder / "other.safetensors")
     save_file({"w": torch.ones(2)}, folder / "later.safetensors", {"mtrain": "2"})
+    save_file({"w": torch.ones(2)}, folder / "less.safetensors", {"mtrain": "1", "checkpoint": "{}"})
     return folder
 
 
@@ -140,6 +141,7 @@ def broken(folder):
         ("text.safetensors", "back", "is not a file of tensors"),
         ("other.safetensors", "back", "was not written by mtrain consolidate"),
         ("later.safetensors", "back", "is of format 2, this mtrain reads 1"),
+        ("less.safetensors", "back", "its metadata lack config.yaml; write the file again from its run"),
     ],
 )
 def test_what_cannot_be_converted_is_said_in_one_line(tmp_path, capsys, source, output, words):
@@ -153,12 +155,16 @@ def test_what_cannot_be_converted_is_said_in_one_line(tmp_path, capsys, source, 
 
 def test_outputs_that_are_there_or_cannot_be_written_are_left_alone(trained, tmp_path, capsys):
     _, folder = trained
-    for output, words in ((folder, "expected the name of a new run directory"), (tmp_path / "file" / "x", "cannot be written")):
+    for output, words in (
+        (folder, "expected the name of a new run directory"),
+        (tmp_path / "copy.safetensors", "becomes a run directory, expected a name without .safetensors"),
+        (tmp_path / "file" / "x", "cannot be written"),
+    ):
         (tmp_path / "file").write_text("a file, not a folder")
         assert mtrain("consolidate", folder / "model.safetensors", "-o", output) == 2
         assert words in capsys.readouterr().err
     assert mtrain("consolidate", folder / "run", "-o", tmp_path / "no" / "m.safetensors") == 2
-    assert "No such file or directory" in capsys.readouterr().err
+    assert capsys.readouterr().err == f"mtrain: --output {tmp_path}/no/m.safetensors: no folder {tmp_path}/no; make it first\n"
     assert not list(tmp_path.glob(".*"))
     assert (folder / "run").is_dir()
 

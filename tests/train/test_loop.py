@@ -292,6 +292,37 @@ def test_init_from_takes_the_trunk_and_the_heads_of_the_same_tasks(tmp_path):
         assert same == (name != "n0")
 
 
+def test_each_split_seed_starts_from_the_split_of_the_same_seed_before_its_refit(tmp_path):
+    split = {"parts": {"train": 0.6, "valid": 0.2, "test": 0.2}}
+    still = {"epochs": None, "steps": 1, "lr": 1e-12, "weight_decay": 0.0}
+    train(run_config("grid", split=split | {"seeds": [3, 4], "refit": True}, train={"epochs": 1}), tmp_path / "a")
+    train(run_config("grid", split=split | {"seeds": [4, 5]}, train=still, init_from=str(tmp_path / "a")), tmp_path / "b")
+    for seed, source in ((4, 4), (5, 3)):
+        theirs = runs.load_model(RunDir(tmp_path / "a" / f"split-{source}"), refitted=False).evaluator.model
+        own = runs.load_model(RunDir(tmp_path / "b" / f"split-{seed}")).evaluator.model
+        for p, q in zip(theirs.parameters(), own.parameters(), strict=True):
+            torch.testing.assert_close(p, q)
+
+
+@pytest.mark.parametrize("refit", [False, True])
+def test_a_run_continues_without_the_run_that_it_started_from(tmp_path, refit):
+    split = {"parts": {"train": 0.6, "valid": 0.2, "test": 0.2}, "refit": refit}
+    train(run_config("grid", split=split, train={"epochs": 1}), tmp_path / "a")
+    config = run_config("grid", split=split, train={"epochs": 2}, init_from=str(tmp_path / "a"))
+    train(config, tmp_path / "b")
+    (tmp_path / "a").rename(tmp_path / "elsewhere")
+    train(config, tmp_path / "b")
+    with pytest.raises(UserError, match=r"a: holds no config\.yaml"):
+        train(config, tmp_path / "c")
+
+
+def test_smaller_micro_batches_are_the_same_run(tmp_path):
+    train(run_config("grid", train={"epochs": 1}), tmp_path)
+    before = weights(tmp_path)
+    train(run_config("grid", train={"epochs": 1, "micro_batch": 8}), tmp_path)
+    assert all(torch.equal(before[k], v) for k, v in weights(tmp_path).items())
+
+
 def test_init_from_another_trunk_names_the_first_parameter_that_differs(tmp_path):
     train(run_config("grid", train={"epochs": 1}), tmp_path / "a")
     wider = {"trunk": {"class_path": "MLP", "init_args": {"widths": [8]}}}
