@@ -66,9 +66,9 @@ def _run(argv: list[str], asked: Callable[[], int | None]) -> None:
     if launched > 1 and name not in TOGETHER:
         raise UserError(f"{name} runs in one process, found {launched} of a launcher; start it as: mtrain {name} ...")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")  # libraries do not print over the progress bar
     sys.path.insert(0, os.getcwd())  # users' own classes are found beside them
     console = Console(width=None if sys.stdout.isatty() else 140)
-    _quiet()
     _command(arguments, rest, console, asked)
 
 
@@ -190,10 +190,11 @@ def _parser() -> _Parser:
 def _command(arguments: argparse.Namespace, rest: list[str], console: Console, asked: Callable[[], int | None]) -> None:
     """Run a command. Each imports what it needs itself, for torch and datasets take seconds."""
     if arguments.command in ("eval", "predict", "calibrate", "export", "consolidate"):
-        from mtrain.baseline.command import refuse_baselines
+        from mtrain.train.run_dir import RunDir
 
         named = arguments.source if arguments.command == "consolidate" else arguments.run
-        refuse_baselines(named if isinstance(named, list) else [named])
+        for run in named if isinstance(named, list) else [named]:
+            RunDir(run).refuse_baseline()
     if arguments.command in ("train", "tasks", "baseline", "partition", "plan"):
         config, beside = load_config(arguments.config, rest), arguments.config.parent
         path = Path(config.run_dir or Path("runs") / arguments.config.stem)
@@ -289,13 +290,6 @@ def _part() -> None:
 
         if dist.is_initialized():
             dist.destroy_process_group()
-
-
-def _quiet() -> None:
-    """Libraries do not print over the progress bar."""
-    import datasets
-
-    datasets.disable_progress_bars()
 
 
 def _key_help() -> str:

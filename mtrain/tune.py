@@ -25,6 +25,7 @@ from mtrain.model.trunks import TRUNKS
 from mtrain.report.say import say
 from mtrain.train.evaluate import HIGHER_IS_BETTER
 from mtrain.train.run_dir import RunDir
+from mtrain.writing import replacing
 
 FIXED = ("data", "split", "select", "run_dir", "tracker")
 STUDY, BEST = "study.db", "best.yaml"
@@ -265,9 +266,8 @@ def _write_best(folder: Path, number: int, config: Config) -> None:
     """The config of a trial, with the seeds and the refit that were asked for."""
     best = RunDir(folder / f"trial-{number:04d}").config()
     best = best.model_copy(update={"run_dir": None, "split": config.split})
-    unfinished = folder / f".{BEST}"
-    unfinished.write_text(to_yaml(best))
-    unfinished.replace(folder / BEST)
+    with replacing(folder / BEST) as unfinished:
+        unfinished.write_text(to_yaml(best))
 
 
 def _words(chosen: Mapping[str, Any]) -> list[str]:

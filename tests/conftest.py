@@ -13,6 +13,7 @@ import pytest
 import torch
 
 torch.set_num_threads(1)
+datasets.disable_progress_bars()  # as the command does, before it imports them
 atexit.register(shutil.rmtree, os.environ["HF_HOME"], ignore_errors=True)
 DATA = os.environ.get("MTRAIN_DATA")  # real tables, for the tests that ask for them
 

@@ -9,7 +9,7 @@ import yaml
 from rich.console import Console
 from sklearn.linear_model import LogisticRegression, PoissonRegressor, Ridge
 
-from mtrain.baseline import command, linear
+from mtrain.baseline import linear
 from mtrain.baseline import rows as rows_module
 from mtrain.baseline.lbfgs import minimize
 from mtrain.baseline.problem import Problem
@@ -321,16 +321,7 @@ def test_a_baseline_is_refused_where_a_model_is_needed(fitted, tmp_path, capsys)
         assert mtrain(*words) == 2
         assert capsys.readouterr().err.startswith("mtrain: run run/baseline-linear: is a baseline, which keeps no model")
     (tmp_path / "run" / "baseline-linear" / "checkpoints" / "step-00000001").mkdir(parents=True)
-    command.refuse_baselines(
-        [tmp_path / "run" / "baseline-linear"]
-    )  # a trained run that lost a file, which is said where it is read
-
-
-def test_other_processes_are_quiet(tmp_path, fitted, capsys, monkeypatch):
-    monkeypatch.setattr(command, "processes", lambda console: (None, Console(quiet=True)))
-    capsys.readouterr()
-    assert mtrain("baseline", "c.yaml", "--run_dir", "run") == 0
-    assert capsys.readouterr().out == ""
+    RunDir(tmp_path / "run" / "baseline-linear").refuse_baseline()  # a trained run that lost a file: said where it is read
 
 
 def test_what_is_wrong_is_said_in_a_line(tmp_path, capsys, monkeypatch):

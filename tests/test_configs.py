@@ -150,6 +150,7 @@ def test_an_exported_run_gives_the_numbers_of_predict_or_says_why_there_is_none(
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("config", EVERY, indirect=True)
 def test_two_processes_follow_the_curve_of_one(config, tmp_path):
     assert mtrain("train", config, *SHORT, "--run_dir", tmp_path / "one") == 0

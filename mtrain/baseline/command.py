@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,11 +21,9 @@ from mtrain.baseline.rows import constant_logits, count
 from mtrain.baseline.single import fit_single, why_not
 from mtrain.config import Config
 from mtrain.data.prepare import Prepared, prepare, read_source
-from mtrain.errors import UserError, nearest
-from mtrain.model.metrics import METRICS
+from mtrain.errors import UserError
 from mtrain.report.say import say
-from mtrain.runs import processes
-from mtrain.train.evaluate import HIGHER_IS_BETTER, Scores, predictions, scores_of
+from mtrain.train.evaluate import HIGHER_IS_BETTER, Scores, check_metric, predictions, scores_of
 from mtrain.train.loop import peak_memory_mb
 from mtrain.train.run_dir import RunDir, average_summaries
 
@@ -45,14 +43,13 @@ def baseline(config: Config, beside: Path, run_path: Path, output: Path | None, 
     Raises:
         UserError: what is wrong with the config or its data; the inputs do not fit in memory; the run is of another split.
     """
-    _, console = processes(console)
     folder = output or run_path
     config = config.model_copy(update={"run_dir": None})
     source = read_source(config, beside)
     seeds = config.split.seeds
     first: Prepared | None = prepare(source, seeds[0])
     assert first is not None
-    _check_metric(config, first)
+    check_metric(config.select.metric, first.tasks)
     for note in first.notes:
         say(console, f"note: {note}")
     summaries: dict[str, list[dict[str, Any]]] = {}
@@ -80,31 +77,6 @@ def baseline(config: Config, beside: Path, run_path: Path, output: Path | None, 
     frame = _table(config, folder, list(summaries), RunDir(run_path), hashes, console)
     RunDir(folder).save_table("baseline.parquet", pa.Table.from_pandas(frame, preserve_index=False))
     return frame
-
-
-def refuse_baselines(paths: Sequence[Path]) -> None:
-    """Refuse runs that `baseline` wrote, which keep scores and predictions but no model.
-
-    Raises:
-        UserError: one of the paths is such a run.
-    """
-    for path in paths:
-        if not (run := RunDir(path)).is_run:
-            continue
-        one = run.splits()[0].path
-        if (one / "per_task.parquet").is_file() and not (one / "features.json").is_file() and not run.has_trained:
-            raise UserError(
-                f"run {path}: is a baseline, which keeps no model: it is for mtrain report only; name a trained run"
-            )
-
-
-def _check_metric(config: Config, data: Prepared) -> None:
-    families = {task.kind.family for task in data.tasks}
-    known = ["skill", "deviance", *(name for family in families for name in METRICS[family])]
-    if config.select.metric not in known:
-        raise UserError(
-            f"select.metric: '{config.select.metric}' is not a metric of these tasks{nearest(config.select.metric, known)}"
-        )
 
 
 def _baselines(problem: Problem, console: Console) -> Iterator[tuple[str, Callable[[], Fitted]]]:

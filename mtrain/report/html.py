@@ -6,7 +6,6 @@ import base64
 import html
 import json
 import math
-import os
 import re
 from collections.abc import Callable, Iterable, Sequence
 from importlib.resources import files
@@ -27,6 +26,7 @@ from mtrain.report.say import say
 from mtrain.report.tables import merged_notes
 from mtrain.train.evaluate import HIGHER_IS_BETTER
 from mtrain.train.run_dir import RunDir
+from mtrain.writing import replacing
 
 POINTS = 300  # of a curve
 SPARKS = 40  # of a task's curve in the table
@@ -388,9 +388,8 @@ def _page(title: str, data: dict[str, Any], plotly: str) -> str:
 
 
 def _write(output: Path, text: str) -> None:
-    unfinished = output.with_name(f".{output.name}")
     try:
-        unfinished.write_text(text, encoding="utf-8")
-        os.replace(unfinished, output)
+        with replacing(output) as unfinished:
+            unfinished.write_text(text, encoding="utf-8")
     except OSError as error:
         raise UserError(f"--output {output}: cannot be written: {error.strerror or error}") from None

@@ -26,6 +26,7 @@ from mtrain.errors import UserError
 from mtrain.report.say import say
 from mtrain.train.checkpoint import Checkpoints, Snapshot, Stacks
 from mtrain.train.run_dir import RunDir
+from mtrain.writing import replacing
 
 VERSION = "1"
 TEXTS = ("config.yaml", "features.json", "summary.json", "calibration.json")
@@ -69,12 +70,10 @@ def _to_file(run: RunDir, output: Path, console: Console) -> None:
     tensors = saved.tensors("trunk") | {
         f"{HEADS}{name}/{key}": tensor for name, of_one in heads.items() for key, tensor in of_one.items()
     }
-    unfinished = output.with_name(f".{output.name}")
     try:
-        save_file({key: tensor.clone() for key, tensor in tensors.items()}, unfinished, metadata)
-        unfinished.replace(output)
+        with replacing(output) as unfinished:
+            save_file({key: tensor.clone() for key, tensor in tensors.items()}, unfinished, metadata)
     except (OSError, SafetensorError) as error:
-        unfinished.unlink(missing_ok=True)
         raise UserError(f"--output {output}: cannot be written: {getattr(error, 'strerror', None) or error}") from None
     say(console, f"step {saved.step}, {len(tasks)} tasks: {output}")
 

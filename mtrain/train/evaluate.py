@@ -62,6 +62,14 @@ class Counted:
     collected: dict[str, list[tuple[NDArray[Any], ...]]]
 
 
+def check_metric(name: str, tasks: TaskTable) -> None:
+    """Raises UserError for a `select.metric` that no task of the table has."""
+    families = {task.kind.family for task in tasks}
+    known = ["skill", "deviance", *(metric for family in families for metric in METRICS[family])]
+    if name not in known:
+        raise UserError(f"select.metric: '{name}' is not a metric of these tasks{nearest(name, known)}")
+
+
 class Evaluator:
     """Scores parts with the model as it is. Every rank takes part and gets the scores.
 
@@ -93,15 +101,6 @@ class Evaluator:
             row[: len(logits)] = np.nan_to_num(logits)
         self.constant_TO = torch.from_numpy(constant_TO).to(device)
         self.center_T, self.scale_T = tasks.stats["center"], tasks.stats["scale"]
-
-    def metrics(self) -> list[str]:
-        """Names of the metrics that this task table has."""
-        families = {task.kind.family for task in self.tasks}
-        return list(dict.fromkeys(["skill", "deviance", *(name for f in METRICS if f in families for name in METRICS[f])]))
-
-    def check_metric(self, name: str) -> None:
-        if name not in self.metrics():
-            raise UserError(f"select.metric: '{name}' is not a metric of these tasks{nearest(name, self.metrics())}")
 
     def score(
         self,

@@ -44,7 +44,7 @@ from mtrain.report.say import say
 from mtrain.tasks import TaskTable
 from mtrain.train.balancing import LEVELS, Balancing, quantiles
 from mtrain.train.checkpoint import Saved, Snapshot
-from mtrain.train.evaluate import HIGHER_IS_BETTER, Evaluator, Scores, flatten
+from mtrain.train.evaluate import HIGHER_IS_BETTER, Evaluator, Scores, check_metric, flatten
 from mtrain.train.objective import Objective, coefficients, expected_share
 from mtrain.train.optim import HeadAdamW
 from mtrain.train.run_dir import RunDir
@@ -211,8 +211,8 @@ class Trainer:
         self.run_id: str | None = None
         self.seconds = self.waited = self.in_steps = 0.0
         self.rows = 0
+        check_metric(config.select.metric, self.tasks)
         self._build(anew=not run_dir.has_trained)
-        self.evaluator.check_metric(config.select.metric)
         self.selection = Selection(HIGHER_IS_BETTER[config.select.metric])
 
     def _build(self, anew: bool) -> None:

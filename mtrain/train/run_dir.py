@@ -3,25 +3,26 @@
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
-import yaml
 
-from mtrain.config import Config, check_config, differences, to_yaml
+from mtrain.config import Config, differences, load_config, to_yaml
 from mtrain.data.order import mix
 from mtrain.errors import UserError
 from mtrain.parallel.world import World
 from mtrain.tasks import TaskTable
 from mtrain.train.checkpoint import Checkpoints, Saved
 from mtrain.train.stop import Preempted
+from mtrain.writing import replacing
+
+T = TypeVar("T")
 
 PREEMPTED = "preempted"
 TABLE = "data.parquet"  # of a run on a table that was in memory
@@ -104,7 +105,7 @@ class RunDir:
     def config(self) -> Config:
         if not self.is_run:
             raise UserError(f"run {self.path}: holds no config.yaml; expected the directory of a run")
-        return check_config(yaml.safe_load(self.config_file.read_text()), str(self.config_file))
+        return load_config(self.config_file)
 
     def splits(self) -> list[RunDir]:
         """The runs of the split seeds; the run itself if there is one seed."""
@@ -123,6 +124,20 @@ class RunDir:
             UserError: there is none yet, or it is damaged.
         """
         return self._kept("final", "best")
+
+    def refuse_baseline(self) -> None:
+        """Refuse a run that `mtrain baseline` wrote, which keeps scores and predictions but no model.
+
+        Raises:
+            UserError: this is one.
+        """
+        if not self.is_run:
+            return
+        one = self.splits()[0].path
+        if (one / "per_task.parquet").is_file() and not (one / "features.json").is_file() and not self.has_trained:
+            raise UserError(
+                f"run {self.path}: is a baseline, which keeps no model: it is for mtrain report only; name a trained run"
+            )
 
     def best(self) -> Saved:
         """The selected checkpoint, before a refit; the refitted one in a run that was made from a file of its model."""
@@ -147,10 +162,7 @@ class RunDir:
             (self.path / PREEMPTED).unlink(missing_ok=True)
 
     def tasks(self) -> TaskTable:
-        path = self.path / "tasks.parquet"
-        if not path.is_file():
-            raise UserError(f"run {self.path}: holds no tasks.parquet; expected a run that has been trained")
-        return TaskTable.load(path)
+        return self._read("tasks.parquet", TaskTable.load)
 
     def save_averages(self, summary: dict[str, Any]) -> None:
         """summary.json, and tasks.parquet and per_task.parquet with the mean over the split seeds."""
@@ -183,18 +195,13 @@ class RunDir:
         self._write_text(name, json.dumps(value, indent=1, allow_nan=False))
 
     def load_json(self, name: str) -> Any:
-        path = self.path / name
-        if not path.is_file():
-            raise UserError(f"run {self.path}: holds no {name}; expected a run that has been trained")
-        return json.loads(path.read_text())
+        return self._read(name, lambda path: json.loads(path.read_text()))
 
     def save_table(self, name: str, table: pa.Table) -> None:
         if not self.writes:
             return
-        unfinished = self.path / f".{name}"
-        with self._said(name):
+        with self._said(name), replacing(self.path / name) as unfinished:
             pq.write_table(table, unfinished, compression="zstd")
-            os.replace(unfinished, self.path / name)
 
     def save_predictions(self, part: str, most: int, table: pa.Table) -> None:
         """Keep predictions of a part, as `evaluate.predictions` gives them: of rows drawn at random, with all their labels, so
@@ -208,20 +215,16 @@ class RunDir:
         self.save_table(f"predictions-{part}.parquet", table)
 
     def per_task(self) -> pa.Table:
-        path = self.path / "per_task.parquet"
-        if not path.is_file():
-            raise UserError(f"run {self.path}: holds no per_task.parquet; expected a run that has been trained to its end")
-        return pq.read_table(path)
+        return self._read("per_task.parquet", pq.read_table)
 
     def predictions(self, part: str) -> pa.Table | None:
-        path = self.path / f"predictions-{part}.parquet"
-        return pq.read_table(path) if path.is_file() else None
+        name = f"predictions-{part}.parquet"
+        return self._read(name, pq.read_table) if (self.path / name).is_file() else None
 
     def history(self) -> pa.Table | None:
         """Of the evaluations while training and each task: step, task, skill, metric (the selected one), loss (deviance a
         label), weight (of the balancer)."""
-        path = self.path / HISTORY
-        return pq.read_table(path) if path.is_file() else None
+        return self._read(HISTORY, pq.read_table) if (self.path / HISTORY).is_file() else None
 
     def add_history(self, step: int, columns: dict[str, Any]) -> None:
         """Add an evaluation to `history`; `columns` hold a value for each task."""
@@ -269,10 +272,23 @@ class RunDir:
     def _write_text(self, name: str, text: str) -> None:
         if not self.writes:
             return
-        unfinished = self.path / f".{name}"
-        with self._said(name):
+        with self._said(name), replacing(self.path / name) as unfinished:
             unfinished.write_text(text)
-            os.replace(unfinished, self.path / name)
+
+    def _read(self, name: str, read: Callable[[Path], T]) -> T:
+        """A file of the run.
+
+        Raises:
+            UserError: it is not there, or damaged.
+        """
+        path = self.path / name
+        if not path.is_file():
+            raise UserError(f"run {self.path}: holds no {name}; expected a run that has been trained to its end")
+        try:
+            return read(path)
+        except (OSError, ValueError, KeyError) as error:  # Arrow's errors are among them
+            reason = str(error).partition("\n")[0]
+            raise UserError(f"run {self.path}: {name} cannot be read, it is damaged: {reason}") from None
 
     @contextmanager
     def _said(self, name: str) -> Iterator[None]:

@@ -148,7 +148,7 @@ def test_routed_equals_a_backward_per_task(hidden, bias, num_micro):
         parts.append((torch.arange(TASKS), routed_factors(neck_inputs(p.h_BI[rows], bias), delta, task_B[rows], TASKS)))
     assert_same(norms2(join(parts)), g.square().sum(1))
     assert_same(gram(join(parts)), g @ g.T)
-    summed = torch.stack([task_gradients(part) for part in parts]).sum(0)
+    summed = torch.stack([task_gradients(part) for _, part in parts]).sum(0)
     assert_same(summed.square().sum((1, 2)), g.square().sum(1))
 
 

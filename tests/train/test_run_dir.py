@@ -8,6 +8,7 @@ import pytest
 from mtrain.config import check_config
 from mtrain.errors import UserError
 from mtrain.train.run_dir import RunDir, average_summaries
+from mtrain.writing import replacing
 
 
 def config(**sections):
@@ -40,6 +41,35 @@ def test_a_start_that_was_killed_before_the_config_was_whole_can_be_repeated(tmp
     (tmp_path / ".config.yaml").write_text("data: {pa")
     RunDir(tmp_path).start(config())
     assert RunDir(tmp_path).config() == config()
+
+
+@pytest.mark.parametrize(
+    ("name", "read"),
+    [
+        ("features.json", lambda run: run.load_json("features.json")),
+        ("tasks.parquet", RunDir.tasks),
+        ("per_task.parquet", RunDir.per_task),
+        ("history.parquet", RunDir.history),
+        ("predictions-test.parquet", lambda run: run.predictions("test")),
+    ],
+)
+def test_a_damaged_file_of_a_run_is_named_in_a_line(tmp_path, name, read):
+    (tmp_path / name).write_bytes(b"PAR1 no")
+    with pytest.raises(UserError, match=rf"{name} cannot be read, it is damaged: ") as caught:
+        read(RunDir(tmp_path))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_file_is_written_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_text("before")
+    with pytest.raises(ZeroDivisionError), replacing(path) as unfinished:
+        unfinished.write_text("half")
+        _ = 1 / 0
+    assert [(each.name, each.read_text()) for each in tmp_path.iterdir()] == [("a.txt", "before")]
+    with replacing(path) as unfinished:
+        unfinished.write_text("after")
+    assert [(each.name, each.read_text()) for each in tmp_path.iterdir()] == [("a.txt", "after")]
 
 
 def test_the_curve_is_cut_to_the_checkpoints_step_and_loses_a_torn_line(tmp_path):
