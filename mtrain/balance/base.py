@@ -14,8 +14,8 @@ Need = Literal["losses", "norms", "gram"]
 @dataclass(frozen=True)
 class Facts:
     """What a balancer knows of the T tasks from the start: their names, their number and where its tensors live; which are
-    `regression`-like (a squared or absolute error: the regression form of uncertainty weighting), and each one's expected
-    share of the objective, which sums to 1."""
+    `regression`-like (a squared, absolute or quantile error: the regression form of uncertainty weighting), and each one's
+    expected share of the objective, which sums to 1."""
 
     names: list[str]
     regression_T: Tensor

@@ -29,7 +29,7 @@ from mtrain.model.trunks import MLP, build_shared
 from mtrain.report.progress import ShownProgress
 from mtrain.report.say import say
 from mtrain.train.evaluate import EVAL_ROWS, HIGHER_IS_BETTER, scores_of
-from mtrain.train.loop import lr_factor, training_steps
+from mtrain.train.loop import lr_factor, steps_per_epoch, training_steps
 from mtrain.train.optim import clip_per_head
 
 LEAST_ROWS = 32  # of a task in a step, where it has them
@@ -92,8 +92,8 @@ def fit_single(problem: Problem, console: Console) -> Fitted:
         parameters += size * len(own)
         step = 16.0 * problem.config.train.global_batch * (problem.x_NF.shape[1] + one.shared.out_features)
         plan += [(kind, some) for some in chunks(rows["final"], own, 0.0, 24.0 * size + step)]
-    learnt, per_epoch = sources(problem), steps_per_epoch(problem)
-    steps = training_steps(problem.config.train, per_epoch)
+    train, num_rows, learnt = problem.config.train, problem.parts["train"].num_rows, sources(problem)
+    steps, per_epoch = training_steps(train, num_rows), steps_per_epoch(train, num_rows)
     most = f"at most {steps / per_epoch:,.4g} epochs ({steps:,} steps)"
     refitted = ", then again on train + valid" if "final" in learnt else ""
     say(console, f"single: {len(tasks)} networks, {in_chunks(len(plan))}, each for {most}{refitted}")
@@ -117,12 +117,6 @@ def fit_single(problem: Problem, console: Console) -> Fitted:
                     found_PO = chunk.logits(rows[part].take(some))
                     logits[part][rows[part].at(some), : found_PO.shape[1]] = found_PO
     return Fitted(logits, {"best_step": best_step_T}, parameters)
-
-
-def steps_per_epoch(problem: Problem) -> int:
-    """Of the config's run."""
-    num_rows = problem.parts["train"].num_rows
-    return -(-num_rows // min(problem.config.train.global_batch, num_rows))
 
 
 class Chunk:
@@ -155,8 +149,9 @@ class Chunk:
         self.model = self._build()
         optimizer, shared, head = self._optimizer()
         lrs = [group["lr"] for group in optimizer.param_groups]
-        per_epoch = steps_per_epoch(self.problem)
-        total, every = training_steps(train, per_epoch), max(1, round(train.eval_every * per_epoch))
+        num_rows = self.problem.parts["train"].num_rows
+        per_epoch = steps_per_epoch(train, num_rows)
+        total, every = training_steps(train, num_rows), max(1, round(train.eval_every * per_epoch))
         count_A = rows.count_T.numpy()
         size_A = np.minimum(count_A, np.maximum(-(-count_A // per_epoch), LEAST_ROWS))
         best = {name: p.detach().clone() for name, p in self.model.named_parameters()}

@@ -242,7 +242,7 @@ class Loader:
     Args:
         shard: which rows of a batch this rank reads, and which its heads read; None: all of both. Every rank knows the cursors
             of all streams.
-        pieces: micro-batches of a step.
+        micro_batches: of a step.
         device: where inputs go ahead of training.
         skip_changed: a task whose training rows are not those of the checkpoint is left out, instead of an error.
     """
@@ -257,14 +257,14 @@ class Loader:
         seed: int,
         *,
         shard: Shard | None = None,
-        pieces: int = 1,
+        micro_batches: int = 1,
         device: torch.device | None = None,
         skip_changed: bool = False,
     ):
         self.inputs, self.part, self.streams, self.sampler = inputs, part, streams, sampler
         self.batch_size, self.seed = batch_size, seed
         self.shard = shard = shard or Shard.replicated(World(), [str(t) for t in range(part.labels.num_tasks)])
-        self.pieces, self.device, self.skip_changed = pieces, device, skip_changed
+        self.micro_batches, self.device, self.skip_changed = micro_batches, device, skip_changed
         self.labels = part.labels if shard.has_all else part.labels.of_tasks(shard.own)
         self.steps_per_epoch = -(-part.num_rows // batch_size)
         self.cursor_S = np.zeros(len(streams.names), dtype=np.int64)
@@ -416,7 +416,7 @@ class Loader:
         deals = [
             (at_P, deal)
             for at_P, stream_P in rows
-            for deal in self.shard.deal(stream_P if self.streams.by_task else None, len(at_P), self.pieces)
+            for deal in self.shard.deal(stream_P if self.streams.by_task else None, len(at_P), self.micro_batches)
         ]
         read = [at_P[deal.read] for at_P, deal in deals]
         at_P = np.concatenate(read)
@@ -426,7 +426,7 @@ class Loader:
         if ok_P is not None:
             lost = np.flatnonzero(~ok_P & np.isin(self.inputs.chunk_N[row_P], self.inputs.failed()))[::-1]
             if len(lost):
-                step_P = np.repeat(np.arange(len(read)) // self.pieces + step, [len(at_B) for at_B in read])
+                step_P = np.repeat(np.arange(len(read)) // self.micro_batches + step, [len(at_B) for at_B in read])
                 names = self.streams.names
                 found = zip(self.streams.stream_R[at_P[lost]].tolist(), step_P[lost].tolist(), strict=True)
                 return [], lost_rows, {names[s]: k for s, k in found}  # backwards: the first step stays
@@ -446,7 +446,7 @@ class Loader:
             Batch(x_BF, row_B, of_heads, None if deal.heads is None else row_R[torch.from_numpy(at_H)], deal, task_B)
             for x_BF, row_B, of_heads, at_H, (_, deal), task_B in zip(x, row, labels, heads, deals, task, strict=True)
         ]
-        return [made[i : i + self.pieces] for i in range(0, len(made), self.pieces)], lost_rows, {}
+        return [made[i : i + self.micro_batches] for i in range(0, len(made), self.micro_batches)], lost_rows, {}
 
     def _state_of_sampler(self) -> dict[str, Any]:
         return self.sampler.state_dict() if hasattr(self.sampler, "state_dict") else {}

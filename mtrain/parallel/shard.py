@@ -79,8 +79,8 @@ class Shard:
             self._own[device] = self._own[torch.device("cpu")].to(device)
         return self._own[device]
 
-    def deal(self, task_P: Ints | None, rows: int, pieces: int = 1) -> Iterator[Deal]:
-        """A batch of `rows` rows, dealt in `pieces` micro-batches of about equal size.
+    def deal(self, task_P: Ints | None, rows: int, micro_batches: int = 1) -> Iterator[Deal]:
+        """A batch of `rows` rows, dealt in so many micro-batches of about equal size.
 
         Args:
             task_P: task of each row; None where a row may have labels of many.
@@ -90,9 +90,9 @@ class Shard:
             place_P = np.arange(rows)
             owner_P = np.full(rows, HOT) if task_P is None else self.plan.owner_T[task_P]
             own = place_P if ranks == 1 else np.flatnonzero(np.where(owner_P == HOT, place_P % ranks, owner_P) == rank)
-            yield from (Deal(piece, None, rows) for piece in np.array_split(own, pieces))
+            yield from (Deal(piece, None, rows) for piece in np.array_split(own, micro_batches))
             return
-        for places in np.array_split(np.arange(rows), pieces):
+        for places in np.array_split(np.arange(rows), micro_batches):
             dealt = places[rank::ranks]
             if mode == "gather":
                 yield Deal(dealt, places, len(places))

@@ -39,7 +39,7 @@ def estimate(data: Prepared, config: Config) -> Estimate:
     heads = sum(p.numel() for p in bank.parameters())
     part = data.parts["train"]
     rows = config.train.global_batch
-    steps = training_steps(config.train, -(-part.num_rows // rows))
+    steps = training_steps(config.train, part.num_rows)
     # a grid runs every head on every row, else each label runs its own head
     head_share = 1.0 if isinstance(part.labels, Grid) else len(part.labels.y_P) / part.num_rows / len(data.tasks)
     flops = 6 * rows * (trunk + heads * head_share) * steps

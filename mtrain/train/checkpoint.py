@@ -30,7 +30,7 @@ from torch import Tensor
 
 from mtrain.errors import UserError, some
 from mtrain.parallel.wrap import sharded
-from mtrain.train.shards import Damaged, Shard, ShardBuffer, decode, encode, verify
+from mtrain.train.shards import Damaged, ShardBuffer, ShardFile, decode, encode, verify
 
 VERSION = 1
 MANIFEST = "manifest.json"
@@ -296,7 +296,7 @@ class Checkpoints:
         for name in list(files)[self.world.rank :: self.world.size]:
             try:
                 verify(path / name, files[name]["size"], files[name]["crc32"])
-                layouts[name] = Shard(path / name).layout()
+                layouts[name] = ShardFile(path / name).layout()
             except UserError as error:
                 problem = problem or error
         every: dict[str, Any] = {}
@@ -344,7 +344,7 @@ class Saved:
 
     def __init__(self, path: Path, step: int, about: dict[str, Any], layouts: dict[str, Any], world: Ranks):
         self.path, self.step, self.about = path, step, about
-        self._world, self._shards = world, dict[str, Shard]()
+        self._world, self._shards = world, dict[str, ShardFile]()
         self._layouts = layouts
         self._shapes: dict[str, list[int]] = {}
         self._regions: dict[str, list[tuple[str, list[int], list[int]]]] = defaultdict(list)
@@ -494,7 +494,7 @@ class Saved:
 
     def _tensor(self, file: str, key: str) -> Tensor:
         if file not in self._shards:
-            self._shards[file] = Shard(self.path / file)
+            self._shards[file] = ShardFile(self.path / file)
         return self._shards[file].tensor(key)
 
 
@@ -536,11 +536,10 @@ def _region(tensor: Tensor) -> tuple[Tensor, list[int]]:
     """What this rank holds of a tensor, and its offset in the whole."""
     if not sharded(tensor):
         return tensor.detach(), [0] * tensor.dim()
-    from torch.distributed.tensor import Replicate
-    from torch.distributed.tensor import Shard as Sharded
+    from torch.distributed.tensor import Replicate, Shard
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-    if any(type(placement) not in (Replicate, Sharded) for placement in tensor.placements):
+    if any(type(placement) not in (Replicate, Shard) for placement in tensor.placements):
         raise TypeError(f"checkpoint: a tensor is placed as {tensor.placements}: expected Replicate and Shard only")
     _, offset = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
     return tensor.to_local().detach(), list(offset)

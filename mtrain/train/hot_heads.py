@@ -3,26 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from mtrain.model.heads import HeadBank
 from mtrain.parallel.shard import Shard
-from mtrain.train.objective import Piece
+from mtrain.train.objective import PieceLoss
 from mtrain.train.optim import HeadUpdate
-
-
-@dataclass(frozen=True)
-class PieceLoss:
-    """The losses of a piece's A tasks, and the gradient of their sum at its logits."""
-
-    piece: Piece
-    sum_A: Tensor
-    count_A: Tensor
-    finite_A: Tensor
-    grad: Tensor
 
 
 class HotHeads:

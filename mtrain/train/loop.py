@@ -104,7 +104,7 @@ def sampling_probabilities(prepared: Prepared, config: Config) -> NDArray[np.flo
         return None
     part = prepared.parts["train"]
     rows_T = part.labels.count_T().numpy()
-    steps = training_steps(config.train, -(-part.num_rows // config.train.global_batch))
+    steps = training_steps(config.train, part.num_rows)
     return draw(build_sampler(config, steps), rows_T)
 
 
@@ -117,7 +117,7 @@ def build_loader(
     if not by_task:
         size = min(size, part.num_rows)
     streams = build_streams(part, prepared.inputs, prepared.tasks.names if by_task else None, seed)
-    steps = training_steps(config.train, -(-part.num_rows // size))
+    steps = training_steps(config.train, part.num_rows)
     return Loader(
         prepared.inputs,
         part,
@@ -126,7 +126,7 @@ def build_loader(
         size,
         seed,
         shard=shard,
-        pieces=-(-size // (config.train.micro_batch or size)),
+        micro_batches=-(-size // (config.train.micro_batch or size)),
         device=device,
         skip_changed=config.data.on_error == "skip_task",
     )
@@ -371,7 +371,7 @@ class Trainer:
         train = self.config.train
         loader = build_loader(self.prepared, self.config, part, self.accelerator.device, self.shard)
         per_epoch = loader.steps_per_epoch
-        total = training_steps(train, per_epoch)
+        total = training_steps(train, part.num_rows)
         stop = total
         if name == "refit":  # as many passes as the selected step had, on the same course of the learning rate
             growth = 1.0 if train.steps else per_epoch / self.selection.steps_per_epoch
@@ -649,9 +649,13 @@ class Trainer:
         return summary
 
 
-def training_steps(config: TrainConfig, steps_per_epoch: int) -> int:
-    """Length of a training in steps."""
-    return config.steps or max(1, round((config.epochs or DEFAULT_EPOCHS) * steps_per_epoch))
+def steps_per_epoch(config: TrainConfig, num_rows: int) -> int:
+    return -(-num_rows // config.global_batch)
+
+
+def training_steps(config: TrainConfig, num_rows: int) -> int:
+    """Length of a training on so many rows, in steps."""
+    return config.steps or max(1, round((config.epochs or DEFAULT_EPOCHS) * steps_per_epoch(config, num_rows)))
 
 
 def lr_factor(step: int, total: int, warmup: float, decay: str) -> float:

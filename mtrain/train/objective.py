@@ -88,6 +88,17 @@ class Piece:
         return value_A if self.slot_P is None else value_A[self.slot_P]
 
 
+@dataclass(frozen=True)
+class PieceLoss:
+    """The losses of a piece's A tasks, and the gradient of their sum at its logits."""
+
+    piece: Piece
+    sum_A: Tensor
+    count_A: Tensor
+    finite_A: Tensor
+    grad: Tensor
+
+
 def routes(bank: HeadBank, labels: Labels) -> list[Route]:
     """Which heads the labels of a batch need; computed on the CPU, before the batch moves to the device."""
     if isinstance(labels, Grid) or not bank.names:

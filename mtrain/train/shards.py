@@ -148,7 +148,7 @@ def verify(path: Path, size: int, crc: int) -> None:
         raise Damaged(f"{path}: is damaged, its checksum is {now:08x} and was {crc:08x}")
 
 
-class Shard:
+class ShardFile:
     """A file that was verified. Tensors are views of a memory map: only what is looked at is read."""
 
     def __init__(self, path: Path):

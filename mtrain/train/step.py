@@ -23,8 +23,8 @@ from mtrain.model.heads import HeadBank
 from mtrain.parallel.shard import Shard
 from mtrain.parallel.wrap import sharded, unsynchronised
 from mtrain.train.balancing import Balancing
-from mtrain.train.hot_heads import HotHeads, PieceLoss
-from mtrain.train.objective import Objective, Piece, pieces, routes
+from mtrain.train.hot_heads import HotHeads
+from mtrain.train.objective import Objective, Piece, PieceLoss, pieces, routes
 from mtrain.train.optim import HeadAdamW, HeadUpdate
 from mtrain.train.shared_head import SharedHeads
 

@@ -19,7 +19,7 @@ from mtrain.data.order import mix, name_key, shuffled
 from mtrain.data.samplers import Equal, Proportional
 from mtrain.data.tables import ReadError
 from mtrain.errors import UserError
-from mtrain.parallel.plan import HOT, assign
+from mtrain.parallel.plan import HOT, Plan
 from mtrain.parallel.shard import Shard
 from mtrain.parallel.world import World
 
@@ -89,9 +89,9 @@ def test_taking_rows_gives_the_same_labels_from_pairs_as_from_a_grid(seed):
 def test_labels_split_into_consecutive_pieces_of_their_rows(layout):
     labels = random_pairs(np.random.default_rng(0))
     labels = labels.grid() if layout == "grid" else labels
-    pieces = labels.split([8, 0, 13, 9])
-    assert [piece.num_rows for piece in pieces] == [8, 0, 13, 9]
-    for piece, start in zip(pieces, (0, 8, 8, 21), strict=True):
+    micro_batches = labels.split([8, 0, 13, 9])
+    assert [piece.num_rows for piece in micro_batches] == [8, 0, 13, 9]
+    for piece, start in zip(micro_batches, (0, 8, 8, 21), strict=True):
         wanted = labels.take(torch.arange(start, start + piece.num_rows))
         assert vars(piece).keys() == vars(wanted).keys()
         for name, value in vars(wanted).items():
@@ -142,13 +142,13 @@ def test_a_loader_gives_every_row_once_in_each_epoch_with_its_own_labels(rows, s
 
 def test_micro_batches_are_consecutive_pieces_of_the_batch_of_about_equal_size():
     inputs, part = grid_part(50)
-    whole, loader = row_loader(inputs, part, 30), row_loader(inputs, part, 30, pieces=4)
+    whole, loader = row_loader(inputs, part, 30), row_loader(inputs, part, 30, micro_batches=4)
     for step in range(10):
-        (batch,), pieces = whole.batch(step), loader.batch(step)
-        assert [len(piece.row_B) for piece in pieces] == [8, 8, 7, 7]
+        (batch,), micro_batches = whole.batch(step), loader.batch(step)
+        assert [len(piece.row_B) for piece in micro_batches] == [8, 8, 7, 7]
         for name in ("x_BF", "row_B"):
-            torch.testing.assert_close(torch.cat([getattr(piece, name) for piece in pieces]), getattr(batch, name))
-        torch.testing.assert_close(torch.cat([piece.labels.y_BT for piece in pieces]), batch.labels.y_BT)
+            torch.testing.assert_close(torch.cat([getattr(piece, name) for piece in micro_batches]), getattr(batch, name))
+        torch.testing.assert_close(torch.cat([piece.labels.y_BT for piece in micro_batches]), batch.labels.y_BT)
 
 
 class Fixed:
@@ -328,14 +328,14 @@ def test_streams_give_every_row_once_in_each_epoch_also_after_restores_at_random
         own = sorted(problem["row_R"][stream[problem["row_R"]] == s].tolist())
         for epoch in range(len(seen) // len(own)):
             assert sorted(seen[epoch * len(own) : (epoch + 1) * len(own)]) == own
-    pieces, state, at = [], None, 0
+    micro_batches, state, at = [], None, 0
     for stop in [*sorted(stops), 160]:
         loader = loader_of(problem)
         if state is not None:
             loader.load_state_dict(state)
-        pieces += rows_of(loader, range(at, stop))
+        micro_batches += rows_of(loader, range(at, stop))
         state, at = loader.state_dict(), stop
-    assert pieces == whole
+    assert micro_batches == whole
 
 
 class Rank(World):
@@ -371,13 +371,12 @@ def on_ranks(ranks, function):
 MODES = {True: ["owners", "hot", "exchange", "gather"], False: ["gather", "replicated"]}
 
 
-def plan_of(task, num_tasks, ranks, mode):
-    """Tasks at ranks by their rows; mode hot: owners, with the first and last tasks on all ranks."""
-    names = [f"task {t}" for t in range(num_tasks)]
-    plan = assign(names, np.bincount(task, minlength=num_tasks), ranks)
-    owner_T = plan.owner_T.copy()
+def plan_of(num_tasks, ranks, mode):
+    """Tasks at ranks in turn; mode hot: owners, with the first and last tasks on all ranks."""
+    owner_T = np.arange(num_tasks) % ranks
     owner_T[{"hot": [0, -1], "replicated": slice(None)}.get(mode, [])] = HOT
-    return replace(plan, owner_T=owner_T, mode=mode if mode in ("exchange", "gather") else "owners")
+    names = tuple(f"task {t}" for t in range(num_tasks))
+    return Plan(names, owner_T, np.ones(ranks), mode if mode in ("exchange", "gather") else "owners")
 
 
 def check_ranks(batches, shards, task):
@@ -419,16 +418,16 @@ def check_ranks(batches, shards, task):
 
 
 @settings(max_examples=150, deadline=None)
-@given(data=st.data(), rows=st.integers(0, 60), ranks=st.integers(1, 7), pieces=st.integers(1, 5))
-def test_a_deal_gives_each_place_of_a_batch_to_one_rank_and_each_label_to_its_owner(data, rows, ranks, pieces):
+@given(data=st.data(), rows=st.integers(0, 60), ranks=st.integers(1, 7), micro_batches=st.integers(1, 5))
+def test_a_deal_gives_each_place_of_a_batch_to_one_rank_and_each_label_to_its_owner(data, rows, ranks, micro_batches):
     num_tasks = data.draw(st.integers(1, 9))
     task = np.random.default_rng(data.draw(st.integers(0, 2**32))).integers(num_tasks, size=rows)
     mode = data.draw(st.sampled_from(["owners", "hot", "exchange", "gather"]))
-    plan = plan_of(task, num_tasks, ranks, mode)
+    plan = plan_of(num_tasks, ranks, mode)
     shards = [Shard(Rank(rank, ranks, None, None), plan) for rank in range(ranks)]
-    dealt = [list(shard.deal(task, rows, pieces)) for shard in shards]
-    assert all(len(deals) == pieces for deals in dealt)
-    for places, deals in zip(np.array_split(np.arange(rows), pieces), zip(*dealt, strict=True), strict=True):
+    dealt = [list(shard.deal(task, rows, micro_batches)) for shard in shards]
+    assert all(len(deals) == micro_batches for deals in dealt)
+    for places, deals in zip(np.array_split(np.arange(rows), micro_batches), zip(*dealt, strict=True), strict=True):
         read = np.concatenate([deal.read for deal in deals])
         if plan.mode != "owners":  # a micro-batch is the same on any number of ranks
             np.testing.assert_array_equal(np.sort(read), places)
@@ -451,24 +450,24 @@ def test_a_deal_gives_each_place_of_a_batch_to_one_rank_and_each_label_to_its_ow
 @pytest.mark.parametrize("ranks", [1, 2, 3])
 def test_rows_of_hot_tasks_are_dealt_evenly(ranks):
     task = np.zeros(60, dtype=np.int64)
-    plan = replace(plan_of(task, 2, ranks, "owners"), owner_T=np.array([HOT, 0]))
+    plan = replace(plan_of(2, ranks, "owners"), owner_T=np.array([HOT, 0]))
     sizes = [len(next(Shard(Rank(rank, ranks, None, None), plan).deal(task, 60)).read) for rank in range(ranks)]
     assert sizes == [60 // ranks] * ranks
 
 
 @settings(max_examples=10, deadline=None)
-@given(problem=problems(), data=st.data(), stop=st.integers(0, 50), pieces=st.sampled_from([1, 1, 3]))
-def test_any_number_of_ranks_sees_the_rows_of_one_process(problem, data, stop, pieces):
+@given(problem=problems(), data=st.data(), stop=st.integers(0, 50), micro_batches=st.sampled_from([1, 1, 3]))
+def test_any_number_of_ranks_sees_the_rows_of_one_process(problem, data, stop, micro_batches):
     task, num_tasks = problem["task"], problem["num_tasks"]
-    one = loader_of(problem, pieces=pieces)
+    one = loader_of(problem, micro_batches=micro_batches)
     whole = [[micro.row_B.tolist() for micro in one.batch(step)] for step in range(50)]
     one.close()
     state = None
     for ranks, steps in ((4, range(stop)), (2, range(stop, 50)), (3, range(stop, 50)), (7, range(stop, 50))):
-        plan = plan_of(task, num_tasks, ranks, data.draw(st.sampled_from(MODES[problem["by_task"]])))
+        plan = plan_of(num_tasks, ranks, data.draw(st.sampled_from(MODES[problem["by_task"]])))
 
         def batches_of(world, plan=plan, steps=steps, state=state):
-            loader = loader_of(problem, shard=Shard(world, plan), pieces=pieces)
+            loader = loader_of(problem, shard=Shard(world, plan), micro_batches=micro_batches)
             if state is not None:  # saved on 4 ranks
                 loader.load_state_dict(state)
             batches = [loader.batch(step) for step in steps]
@@ -498,7 +497,7 @@ def test_any_number_of_ranks_sees_the_rows_of_one_process(problem, data, stop, p
 @given(problem=problems(), data=st.data(), ranks=st.integers(2, 5), size=st.integers(1, 50))
 def test_scoring_reads_every_row_once_over_all_ranks(problem, data, ranks, size):
     task, row_R = problem["task"], problem["row_R"]
-    plan = plan_of(task, problem["num_tasks"], ranks, data.draw(st.sampled_from(MODES[problem["by_task"]])))
+    plan = plan_of(problem["num_tasks"], ranks, data.draw(st.sampled_from(MODES[problem["by_task"]])))
     part = routed_part(task[row_R], problem["num_tasks"], row_R)
     part = replace(part, original=part.labels)
 
@@ -531,7 +530,7 @@ class Even(Numeric):
 @pytest.mark.parametrize("ranks", [1, 3])
 def test_rows_that_cannot_be_used_stay_as_zeros_without_labels_on_all_ranks(mode, ranks):
     task = np.random.default_rng(0).integers(5, size=300)
-    plan = plan_of(task, 5, ranks, mode if ranks > 1 else "owners")
+    plan = plan_of(5, ranks, mode if ranks > 1 else "owners")
     part = routed_part(task, 5)
 
     def batches_of(world):
@@ -540,7 +539,7 @@ def test_rows_that_cannot_be_used_stay_as_zeros_without_labels_on_all_ranks(mode
         inputs = ChunkedInputs(Numbers([50] * 6), np.arange(300), [FeatureColumn(["x"], "Even", feature)], 1e9, 1e9, False)
         streams = build_streams(part, inputs, [f"task {t}" for t in range(5)], 0)
         shard = Shard(world, plan)
-        loader = Loader(inputs, part, streams, Proportional(), 20, 0, shard=shard, pieces=2)
+        loader = Loader(inputs, part, streams, Proportional(), 20, 0, shard=shard, micro_batches=2)
         batches = [micro for step in range(20) for micro in loader.batch(step)]
         loader.close()
         return batches + [batch for batch, _ in part.batches(inputs, 64, shard, True)]
@@ -578,7 +577,7 @@ def test_a_task_that_one_rank_cannot_read_is_left_out_by_all_at_the_step_of_one_
     whole, dropped = batches_of(None)
     assert list(dropped) == ["b"]
     for ranks in (2, 4):
-        plan = plan_of(task, 3, ranks, mode)
+        plan = plan_of(3, ranks, mode)
         found = on_ranks(ranks, lambda world, plan=plan: batches_of(world, plan))
         assert all(of_rank == dropped for _, of_rank in found)
         for step, rows in enumerate(whole):
