@@ -16,12 +16,13 @@ from mtrain.train.loop import build_bank, training_steps
 PER_PARAMETER = 16  # bytes: value, gradient and AdamW's two moments in float32
 GEMM = 1024
 EFFICIENCY = 0.4  # share of the product's rate that a whole step reaches on MLPs, measured on ToxCast
-OVERHEAD_S = 5e-3  # of a step beside its products, measured on School
+OVERHEAD_S = 1e-2  # of a step beside its products, and of evaluations, measured on School and digits
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """Bytes of data and of model with its optimizers, parameters, steps, and seconds of training on this machine."""
+    """Bytes of data and of model with its optimizers, parameters, and the most steps of all split seeds with their refits, and
+    seconds of them on this machine."""
 
     data_bytes: int
     model_bytes: int
@@ -32,7 +33,7 @@ class Estimate:
 
 
 def estimate(data: Prepared, config: Config) -> Estimate:
-    """Needs the shapes only; the time is rough (a factor of two) and leaves evaluation out."""
+    """Needs the shapes only; the time is rough (a factor of two)."""
     shared = shared_network(config, data.widths, data.tasks.names)
     bank = build_bank(data.tasks, config, shared)
     trunk = sum(p.numel() for p in shared.parameters())
@@ -40,6 +41,9 @@ def estimate(data: Prepared, config: Config) -> Estimate:
     part = data.parts["train"]
     rows = config.train.global_batch
     steps = training_steps(config.train, part.num_rows)
+    if config.split.refit:
+        steps += training_steps(config.train, part.num_rows + data.parts["valid"].num_rows)
+    steps *= len(config.split.seeds)
     # a grid runs every head on every row, else each label runs its own head
     head_share = 1.0 if isinstance(part.labels, Grid) else len(part.labels.y_P) / part.num_rows / len(data.tasks)
     flops = 6 * rows * (trunk + heads * head_share) * steps

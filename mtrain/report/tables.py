@@ -141,11 +141,12 @@ def print_tasks(source: Source, data: Prepared, config: Config, console: Console
     if data.overlap is not None:
         say(console, f"test inputs that also occur in training: {data.overlap:.1%}")
     needs = estimate(data, config)
+    most = "at most " if config.split.refit or config.select.patience else ""
     say(
         console,
         f"estimate: {(needs.data_bytes + needs.model_bytes) / 1e6:,.0f} MB for data, model and optimizers "
-        f"({needs.trunk_parameters:,} parameters in the trunk, {needs.head_parameters:,} in the heads), {needs.steps} steps, "
-        f"about {needs.seconds:,.0f} s on this machine's CPU",
+        f"({needs.trunk_parameters:,} parameters in the trunk, {needs.head_parameters:,} in the heads), {most}{needs.steps:,} "
+        f"steps, about {needs.seconds:,.0f} s on this machine's CPU",
     )
     print_notes(data.notes, console)
     for line, _ in found:
