@@ -6,6 +6,7 @@ import difflib
 import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import combinations
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
@@ -127,6 +128,9 @@ class DataConfig(Section):
                 raise ValueError(f"data.table is for layout files; layout {self.layout} reads data.path")
             if self.on_error == "skip_task":
                 raise ValueError(f"data.on_error: skip_task is for layout files; layout {self.layout} has one table")
+        for one, other in combinations(("task", "label", "key", "weight"), 2):
+            if (name := getattr(self, one)) is not None and name == getattr(self, other):
+                raise ValueError(f"data.{one} and data.{other} are both '{name}', expected different columns; mend one")
         return self
 
     @field_validator("missing_labels", mode="before")

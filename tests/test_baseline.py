@@ -1,4 +1,5 @@
 from io import StringIO
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -17,6 +18,7 @@ from mtrain.baseline.rows import TaskRows, count
 from mtrain.baseline.single import Chunk, Network, fit_single
 from mtrain.cli import main
 from mtrain.config import check_config
+from mtrain.data.features import Numeric
 from mtrain.data.prepare import prepare, read_source
 from mtrain.model.head_options import head_forms
 from mtrain.report import progress
@@ -275,6 +277,22 @@ def test_seeds_of_a_split_are_averaged_and_a_trunk_that_cannot_be_stacked_is_sai
     each = [pq.read_table(f"out/baseline-pooled/split-{seed}/per_task.parquet")["test_skill"].to_numpy() for seed in (0, 1)]
     mean = pq.read_table("out/baseline.parquet")["pooled_test_skill"].to_numpy()
     np.testing.assert_allclose(mean, np.mean(each, 0))
+
+
+class Codes(Numeric):
+    packed = "codes"
+
+
+def test_linear_models_are_not_fitted_on_inputs_that_are_no_quantities(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    pq.write_table(routed_table(), "table.parquet")
+    found = tree("routed")
+    found["inputs"] = dict.fromkeys(found["inputs"], f"{__name__}.Codes")
+    found["model"] = {"trunk": {"class_path": "Conv", "init_args": {}}}
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump(found))
+    assert mtrain("baseline", "c.yaml", "-o", "out") == 0
+    assert "pooled, linear: no linear models: inputs are codes, which are no quantities" in capsys.readouterr().out
+    assert [path.name for path in sorted(Path("out").glob("baseline-*"))] == ["baseline-constant"]
 
 
 def test_what_is_fitted_is_said_and_how_far_it_is(tmp_path, monkeypatch):

@@ -102,6 +102,9 @@ def test_values_of_a_split_column_are_text_and_bare_numbers_are_shares(tmp_path)
         (["--tasks.others=refuse"], "tasks.others is for layouts routed and pairs"),
         (["--tasks.derived={b: {lable: a}}"], "tasks.derived.b.lable: unknown option; did you mean 'label'?"),
         (["--tasks.derived={b: {label: a}}", "--split.by=within_task"], "tasks.derived: split.by within_task deals out"),
+        (["--data.key=t", "--data.weight=t"], "data.key and data.weight are both 't', expected different columns"),
+        (["--data.layout=routed", "--data.task=t", "--data.label=t"], "data.task and data.label are both 't'"),
+        (["--data.layout=pairs", "--data.task=t", "--data.label=y", "--data.key=y"], "data.label and data.key are both 'y'"),
         (
             ["--tasks.derived={b: {label: a}}", "--data.layout=routed", "--data.task=t", "--data.label=y"],
             "tasks.derived: layout routed has one task for each row",

@@ -62,6 +62,8 @@ def baseline(config: Config, beside: Path, run_path: Path, output: Path | None, 
             raise UserError("baseline: the split has neither a valid nor a test part to score; add one to split.parts")
         if (reason := why_not(config)) and seed == seeds[0]:
             say(console, f"single: no networks of single tasks: {reason}")
+        if problem.codes is not None and seed == seeds[0]:
+            say(console, f"pooled, linear: no linear models: inputs are {problem.codes}, which are no quantities")
         for name, fit in _baselines(problem, console):
             run = RunDir(folder / f"baseline-{name}")
             run.start(config)
@@ -82,8 +84,9 @@ def baseline(config: Config, beside: Path, run_path: Path, output: Path | None, 
 def _baselines(problem: Problem, console: Console) -> Iterator[tuple[str, Callable[[], Fitted]]]:
     """Name and fit of each."""
     yield "constant", partial(_constant, problem)
-    yield "pooled", partial(fit_linear, problem, console, pooled=True)
-    yield "linear", partial(fit_linear, problem, console, pooled=False)
+    if problem.codes is None:
+        yield "pooled", partial(fit_linear, problem, console, pooled=True)
+        yield "linear", partial(fit_linear, problem, console, pooled=False)
     if not why_not(problem.config):
         yield "single", partial(fit_single, problem, console)
 

@@ -21,7 +21,7 @@ from mtrain.train.loop import joined
 
 @dataclass(frozen=True)
 class Problem:
-    """Tasks, inputs `x_NF` and labels of one split.
+    """Tasks, inputs `x_NF` and labels of one split; `codes`: what inputs are that are no quantities.
 
     Raises (`of`):
         UserError: the inputs are not all in memory.
@@ -31,6 +31,7 @@ class Problem:
     tasks: TaskTable
     x_NF: Tensor
     parts: dict[str, Part]
+    codes: str | None = None
 
     @staticmethod
     def of(config: Config, data: Prepared) -> Problem:
@@ -39,7 +40,9 @@ class Problem:
                 f"data.memory_gb: baselines need all inputs in memory, but they take more than {config.data.memory_gb:g} GB "
                 "or are read by the chunk; raise it, and with layout files set data.streaming to false"
             )
-        return Problem(config, data.tasks, data.inputs.x_NF, data.parts)
+        codes = "numbers of nodes" if config.model.trunk.class_path == "NodeGraph" else None
+        codes = next((item.feature.packed for item in data.features if item.feature.packed), codes)
+        return Problem(config, data.tasks, data.inputs.x_NF, data.parts, codes)
 
     @cached_property
     def rows(self) -> dict[str, TaskRows]:

@@ -82,24 +82,24 @@ def look(name: str, values: pa.ChunkedArray) -> Column:
     if is_text(kind):
         return _look_at_text(name, values)
     if is_number(kind):
-        return _look_at_numbers(name, pc.cast(values, pa.float64(), safe=False))
-    form: Form = "date" if pa.types.is_temporal(kind) else "other"
+        return _look_at_numbers(name, values if pa.types.is_integer(kind) else pc.cast(values, pa.float64(), safe=False))
+    form: Form = "date" if pa.types.is_date(kind) or pa.types.is_timestamp(kind) else "other"
     return Column(name, form, missing=values.null_count / max(len(values), 1))
 
 
 def _look_at_numbers(name: str, values: pa.ChunkedArray) -> Column:
-    value = values.to_numpy()
-    known = value[~np.isnan(value)]
+    known = values.drop_null().to_numpy()
+    known = known[~np.isnan(known)]
     if not len(known):
         return Column(name, "empty", missing=1.0)
     found, count = np.unique(known, return_counts=True)
     return Column(
         name,
         "number",
-        missing=1 - len(known) / len(value),
+        missing=1 - len(known) / len(values),
         distinct=len(found),
         usual=int(count.max()),
-        whole=bool((np.abs(found) < 2**53).all() and (found == np.trunc(found)).all()),
+        whole=found.dtype.kind in "iu" or bool((np.abs(found) < 2**63).all() and (found == np.trunc(found)).all()),
         low=float(found[0]),
         high=float(found[-1]),
     )
@@ -110,10 +110,11 @@ def _look_at_text(name: str, values: pa.ChunkedArray) -> Column:
     text = pc.if_else(pc.equal(text, ""), pa.scalar(None, text.type), text)
     if text.null_count == len(text):
         return Column(name, "empty", missing=1.0)
-    try:
-        return _look_at_numbers(name, pc.cast(text, pa.float64()))
-    except pa.ArrowInvalid:
-        pass
+    for kind in (pa.int64(), pa.float64()):
+        try:
+            return _look_at_numbers(name, pc.cast(text, kind))
+        except pa.ArrowInvalid:
+            pass
     counted = pc.value_counts(text.drop_null())
     distinct, rows = counted.field("values"), len(text) - text.null_count
     tried = distinct.take(np.unique(np.linspace(0, len(distinct) - 1, _TRIED).astype(int))).to_pylist()

@@ -496,10 +496,11 @@ def _task(seen: _Seen, said: dict[str, Any], wanted: bool) -> Column | None:
         return seen.columns[said["task"]]
     usable = seen.free("number", "category")
     labels = [c for c in usable if c.plain in _LABELS]
+    has_labels = wanted or bool(seen.of("label"))
     for column in seen.free("number", "category", "text"):
         names = (column.form != "number" or column.whole) and not column.missing and column.base in _TASKS
         repeats = 1 < column.distinct <= len(seen.values) / 2
-        has_label = wanted or seen.of("label") or any(c is not column for c in labels)
+        has_label = has_labels or any(c is not column for c in labels)
         numbers_last = column.base in _GROUPS and usable[-1] is not column and usable[-1].form == "number"
         if names and repeats and (has_label or numbers_last):
             return column
@@ -537,9 +538,10 @@ def _entity(seen: _Seen, task: str, said: str | None) -> tuple[str, float] | Non
 
 def _keys(seen: _Seen, said: str | None, by: str) -> str | None:
     """The column that says which rows are one thing: molecules, or an id; other ids are put aside."""
-    usable = [c for c in seen.free() if c.name not in (seen.wanted or ())]
+    free = seen.free()
+    usable = [c for c in free if c.name not in (seen.wanted or ())]
     named = [c for c in usable if c.is_id]
-    unique = [c for c in usable if c not in named and _names_rows(seen, c)]
+    unique = [c for c in usable if not c.is_id and _names_rows(seen, c, free)]
     molecules = seen.free("smiles")
     whole = [c for c in named if not c.missing]
     repeated = [c for c in whole if c.distinct < len(seen.values)]
@@ -558,17 +560,17 @@ def _keys(seen: _Seen, said: str | None, by: str) -> str | None:
     return key
 
 
-def _names_rows(seen: _Seen, column: Column) -> bool:
-    """Whether it has another value in each row, and the name or the place of an id: the first column, of single words or of
-    the numbers of the rows."""
+def _names_rows(seen: _Seen, column: Column, free: Sequence[Column]) -> bool:
+    """Whether it has another value in each row, and the name or the place of an id: the first of the free columns, of single
+    words or of the numbers of the rows."""
     if column.distinct < len(seen.values) or len(seen.values) < seen.rows:
         return False
     named = bool(_ROW_NAMES.search(column.plain))
-    first = column is seen.free()[0]
+    first = column is free[0]
     if column.form in ("category", "text"):
         text = seen.values[column.name].cast(pa.string())
         return named or (first and pc.all(pc.match_substring_regex(text, r"^\s*\S{1,64}\s*$")).as_py())
-    if column.form != "number" or not column.whole or len(seen.free()) < 3:
+    if column.form != "number" or not column.whole or len(free) < 3:
         return False
     counts = column.low in (0, 1) and column.high - column.low == len(seen.values) - 1
     last = column.name == list(seen.columns)[-1]
@@ -827,9 +829,8 @@ def _patterns(names: list[str], every: list[str]) -> list[str]:
     found: list[str] = []
     for family in families.values():
         prefix = os.path.commonprefix(family)  # noqa: RUF071 - of letters
-        pattern = f"{prefix}*"
-        own = prefix and not is_glob(prefix) and [n for n in every if matches(n, pattern)] == family
-        found += [pattern] if own and len(family) > _NAMED else family
+        shared = len(family) > _NAMED and prefix and not is_glob(prefix)
+        found += [f"{prefix}*"] if shared and [n for n in every if n.startswith(prefix)] == family else family
     return found
 
 

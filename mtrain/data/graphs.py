@@ -23,6 +23,7 @@ from mtrain.data.features import FLOAT32_MAX, Encoded, OnInvalid
 from mtrain.data.sources import existing, search_folders
 from mtrain.errors import UserError
 
+MOLECULES = "packed molecules"
 MAX_ATOMS = 256  # the ends of a bond have 8 bits each
 ATOM_FIELDS = {  # name to bits
     "element": 7,
@@ -47,6 +48,7 @@ class MolGraph(Molecules):
     """
 
     encode_options = ("max_atoms",)
+    packed = MOLECULES
 
     def __init__(self, max_atoms: int = 100, on_invalid: OnInvalid = "error"):
         super().__init__(on_invalid)

@@ -35,7 +35,7 @@ from mtrain.data.files import open_tasks
 from mtrain.data.inputs import ChunkedInputs, FeatureColumn, Inputs, MemoryInputs, fitting_sample
 from mtrain.data.labels import LabelTable, read_files, read_grid, read_long, select
 from mtrain.data.loader import WINDOW, Part
-from mtrain.data.sources import open_data, require
+from mtrain.data.sources import is_glob, open_data, require
 from mtrain.data.splits import KEEPS_KEYS, SOURCE, overlap, split, split_hash
 from mtrain.data.statistics import with_statistics
 from mtrain.data.tables import ReadError, Table
@@ -400,9 +400,10 @@ def _bytes_in_use(source: Source, inputs: ChunkedInputs) -> float:
 
 
 def match_inputs(config: Config, columns: list[str]) -> list[tuple[list[str], Spec]]:
-    matched = []
+    matched, there = [], set(columns)
     for pattern, specs in config.inputs.items():
-        names = [c for c in columns if matches(c, pattern)]
+        one = pattern in there and not is_glob(pattern)  # many inputs are named one by one
+        names = [pattern] if one else [c for c in columns if matches(c, pattern)]
         if not names:
             raise UserError(f"inputs: no column '{pattern}' in the data{nearest(pattern, columns)}")
         matched += [(names, spec) for spec in specs]

@@ -16,6 +16,7 @@ import fsspec
 import numpy as np
 import pandas as pd
 import pyarrow as pa
+import pyarrow.parquet as pq
 from datasets.packaged_modules.csv.csv import Csv
 from datasets.packaged_modules.json.json import Json
 from datasets.packaged_modules.parquet.parquet import Parquet
@@ -31,6 +32,7 @@ from mtrain.data.tables import (
     Piece,
     ReadError,
     Table,
+    check_unique,
     in_threads,
     odd_column,
     parquet_file,
@@ -296,6 +298,8 @@ def _load(files: dict[str, list[str]], config: DataConfig) -> dict[str, datasets
         empty = all(os.path.getsize(file) == 0 for file in every if "://" not in file)
         if empty or any(sign in str(error.__cause__ or error) for sign in NO_ROWS):
             raise UserError(f"data.path {', '.join(every[:3])}: no rows, expected at least one") from error
+        if odd := _odd_schema(every, form):
+            raise UserError(f"data.path {odd}") from error
         same = "; all files need the same columns and types" if len(every) > 1 else ""
         raise UserError(f"data.path {', '.join(every[:3])}: cannot be read as {form}: {reason(error)}{same}") from error
 
@@ -402,7 +406,39 @@ def _map_one(files: Sequence[str], form: str, chunk_rows: int, num_rows: int) ->
     try:
         return retrying(lambda: _map([files], form, chunk_rows, [num_rows])[0], 0, ", ".join(files[:3]))
     except ReadError as error:
-        return error
+        return _odd_schema(files, form) or error
+
+
+def _odd_schema(files: Sequence[str], form: str) -> ReadError | None:
+    """What `datasets` refuses in the columns of the local ones of Parquet or Arrow files."""
+    for file in files if form in ("parquet", "arrow") else ():
+        try:
+            schema = None if "://" in file else _schema(file, form)
+            check_unique(file, [] if schema is None else schema.names)
+        except ReadError as error:
+            return error
+        except (OSError, pa.ArrowException):
+            continue  # a broken file: what it was opened with says so
+        for column in schema or ():
+            try:
+                datasets.Features.from_arrow_schema(pa.schema([column]))
+            except ValueError:
+                instead = "; or set data.streaming: true, which reads only what is used" if form == "parquet" else ""
+                return ReadError(
+                    f"{file}: column '{column.name}' has type {column.type}, which cannot be memory-mapped, expected numbers, "
+                    f"text or lists; convert it, or leave it out of the file{instead}"
+                )
+    return None
+
+
+def _schema(file: str, form: str) -> pa.Schema:
+    if form == "parquet":
+        return pq.read_schema(file)
+    with pa.memory_map(file) as source:
+        try:
+            return pa.ipc.open_stream(source).schema
+        except pa.ArrowInvalid:
+            return pa.ipc.open_file(source).schema
 
 
 def _map(groups: Sequence[Sequence[str]], form: str, chunk_rows: int, rows: Sequence[int]) -> list[Table]:

@@ -166,6 +166,21 @@ def check_columns(file: str, names: Sequence[str], wanted: Sequence[str]) -> Non
             raise ReadError(f"{file}: no column '{name}'{nearest(name, names)}")
 
 
+def check_unique(file: str, names: Sequence[str]) -> None:
+    """Refuse two columns of one name."""
+    twice = next((name for name, times in Counter(names).items() if times > 1), None)
+    if twice is not None:
+        raise ReadError(f"{file}: two columns are named '{twice}', expected unique names; rename one")
+
+
+def with_strings(table: pa.Table) -> pa.Table:
+    """The table with its views of strings as strings, which all functions of Arrow take."""
+    for i, column in enumerate(table.schema):
+        if pa.types.is_string_view(column.type):
+            table = table.set_column(i, column.name, table.column(i).cast(pa.string()))
+    return table
+
+
 def odd_column(names: Mapping[str, Sequence[str]]) -> str | None:
     """A column that some tables lack and others have, in words; `names` are their columns, by what each table is called."""
     first = next(iter(names), "")
@@ -288,7 +303,7 @@ class ParquetTable:
                         file, f"has {size} bytes in {len(rows)} row groups now, had {known.size} in {len(known.rows)}"
                     )
                 table = opened.read_row_groups(groups, columns=list(columns), use_threads=False)
-                return chosen(table, columns, file)
+                return with_strings(chosen(table, columns, file))
 
         return retrying(read, self.retries, file)
 
@@ -322,9 +337,7 @@ def _group_rows(opened: pq.ParquetFile) -> list[int]:
 def _footer(file: str) -> _Footer:
     with parquet_file(file) as (size, opened):
         names = opened.schema_arrow.names
-        twice = next((name for name, times in Counter(names).items() if times > 1), None)
-        if twice is not None:
-            raise ReadError(f"{file}: two columns are named '{twice}', expected unique names; rename one")
+        check_unique(file, names)
         return _Footer(size, names, _group_rows(opened))
 
 
@@ -363,7 +376,7 @@ class MappedTable:
         names = tuple(columns)
         if names not in views:
             views[names] = self.data.select_columns(list(names)).with_format("arrow")
-        return views[names][self._all.start + start : self._all.start + stop].select(columns)
+        return with_strings(views[names][self._all.start + start : self._all.start + stop].select(columns))
 
 
 # selected columns of data sets: to select takes `datasets` milliseconds, and many tables may be parts of one data set

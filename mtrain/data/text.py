@@ -11,6 +11,7 @@ import logging
 import lzma
 import os
 import threading
+import zipfile
 import zlib
 from collections import OrderedDict
 from collections.abc import Callable, Generator, Sequence
@@ -28,6 +29,7 @@ from mtrain.data.tables import (
     RowNumbers,
     changed,
     check_columns,
+    check_unique,
     chosen,
     chunk_keys,
     concat,
@@ -58,8 +60,13 @@ def read_header(file: str, separator: str) -> list[str]:
     """The columns of a local file, compressed or not.
 
     Raises:
-        ReadError: what pandas would pass over: equal names, rows shifted against the header, another separator.
+        ReadError: a zip archive, and what pandas would pass over: equal names, rows shifted against the header, another
+            separator.
     """
+    if zipfile.is_zipfile(file):
+        raise ReadError(
+            f"{file}: is a zip archive (Excel files are, too), expected CSV text, as it is or as .gz, .bz2 or .xz; unpack it"
+        )
     openers: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
     csv.field_size_limit(2**31 - 1)
     try:
@@ -72,9 +79,7 @@ def read_header(file: str, separator: str) -> list[str]:
         raise ReadError(f"{file}: the file is empty, expected a header and rows")
     if "\0" in "".join(names):
         raise ReadError(f"{file}: holds binary data, expected CSV text; set data.format if it is of another type")
-    twice = next((name for i, name in enumerate(names) if name in names[:i]), None)
-    if twice is not None:
-        raise ReadError(f"{file}: two columns are named '{twice}', expected unique names; rename one")
+    check_unique(file, names)
     check_separator(file, names)
     if len(first) > len(names):
         raise ReadError(f"{file}: row 1 has {len(first)} values but the header {len(names)} names; mend the header or the row")

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
 
-from mtrain.components import Spec, build
+from mtrain.components import Spec, build, signature
 from mtrain.errors import UserError
 from mtrain.model.dropout import mix64
 from mtrain.model.heads import stable_hash
@@ -155,6 +155,8 @@ def build_encoder(spec: Spec, in_features: int, option: str = "encoder") -> tupl
     from mtrain.model.trunks import FEATURES, TRUNKS, feature_shapes  # which import this module
 
     where = f"model.trunk.init_args.{option}"
+    if "in_features" not in (arguments := signature(spec, TRUNKS, where)) and "inputs" in arguments:
+        raise UserError(f"{where}: {spec.class_path} reads inputs by name, expected a network of one matrix, such as MLP")
     network = build(spec, TRUNKS, where, in_features=in_features)
     if not isinstance(network, nn.Module) or "task_B" in inspect.signature(network.forward).parameters:
         raise UserError(f"{where}: '{spec.class_path}' is not an nn.Module that reads inputs only")

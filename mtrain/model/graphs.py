@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import importlib.util
 import warnings
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -12,12 +13,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mtrain.components import Spec, build
-from mtrain.data.graphs import ATOM_FIELDS, BOND_FIELDS, packed_width, read_graph, unpack_molecules
+from mtrain.data.features import Feature, Numeric
+from mtrain.data.graphs import ATOM_FIELDS, BOND_FIELDS, MOLECULES, packed_width, read_graph, unpack_molecules
 from mtrain.errors import UserError
 from mtrain.model.dropout import Dropout, mix64
 from mtrain.model.heads import ACTIVATIONS
 
 _GCN = Spec(class_path="GCNConv")
+_NUMBERS = "{class_path: Numeric, init_args: {standardize: false, impute: error}}"  # the feature that gives nodes' numbers
+_MOST_NODES = 1 << 24  # whose numbers float32 holds exactly
 _SPARSE = 0.1  # share of non-zero node features up to which they are kept as a sparse matrix
 
 
@@ -62,6 +66,10 @@ class NodeGraph(nn.Module):
         if width < 1:
             raise UserError(f"model.trunk: width is {width}, expected at least 1")
         found = read_graph(graph, root, nodes, edges)
+        if len(found.x_NF) > _MOST_NODES:
+            raise UserError(
+                f"graph {graph}: {len(found.x_NF):,} nodes, expected at most {_MOST_NODES:,}: float32 holds no larger numbers"
+            )
         # not buffers, which checkpoints would hold and DDP would send around in each forward pass
         self.edge_2E, x_NF = found.edge_2E, found.x_NF
         if normalize:
@@ -92,7 +100,7 @@ class NodeGraph(nn.Module):
         if torch.compiler.is_exporting():
             raise UserError("trunk NodeGraph cannot be exported: its nodes are those of one graph; predict them with the run")
         self._to(x_BF.device)
-        node_B = self._nodes(x_BF[:, 0])
+        node_B = self.rows_of(x_BF[:, 0])
         keys_N = None
         if step_key is not None:
             keys_N = mix64(step_key ^ mix64(torch.arange(len(self.x_NF), device=x_BF.device)))
@@ -103,18 +111,41 @@ class NodeGraph(nn.Module):
                 h_ND = conv(dropout(self.activation(h_ND), keys_N), edges)
         return h_ND[node_B]
 
+    def check_numbers(self, features: Sequence[Feature]) -> None:
+        """Whether features give numbers of nodes as they are in the table.
+
+        Raises:
+            UserError: a Numeric changes them, or puts one where none is.
+        """
+        for feature in features:
+            if not isinstance(feature, Numeric):
+                continue
+            kept = {"standardize": False, "impute": "error", "clip": None}
+            found = {option: getattr(feature, option) for option in kept}
+            if changed := [f"{option}: {str(found[option]).lower()}" for option in kept if found[option] != kept[option]]:
+                column = feature.state["columns"][0]
+                raise UserError(
+                    f"inputs.{column}: found Numeric with {', '.join(changed)}, but NodeGraph reads numbers of nodes as they "
+                    f"are; write inputs: {{{column}: {_NUMBERS}}}"
+                )
+
     def _to(self, device: torch.device) -> None:
         if self.edge_2E.device != device:
             self.x_NF, self.edge_2E = self.x_NF.to(device), self.edge_2E.to(device)
             self.adjacency_NN = self.adjacency_NN.to(device)
 
-    def _nodes(self, number_B: Tensor) -> Tensor:
+    def rows_of(self, number_B: Tensor) -> Tensor:
+        """The rows of the graph's nodes, from their numbers.
+
+        Raises:
+            UserError: a number that is no node of the graph.
+        """
         node_B = number_B.long()
         bad_B = (node_B != number_B) | (node_B < 0) | (node_B >= len(self.x_NF))
         if bad_B.any():
             raise UserError(
                 f"inputs: node number {number_B[bad_B][0].item():g}, expected whole numbers from 0 to {len(self.x_NF) - 1}, "
-                "as in inputs: {COLUMN: {class_path: Numeric, init_args: {standardize: false, impute: error}}}"
+                f"as in inputs: {{COLUMN: {_NUMBERS}}}"
             )
         return node_B
 
@@ -159,6 +190,8 @@ class GraphNet(nn.Module):
         dropout: share of each layer's outputs that is zeroed in training.
     """
 
+    unpacks = MOLECULES
+
     def __init__(self, in_features: int, width: int = 64, layers: int = 3, dropout: float = 0.0):
         super().__init__()
         require_geometric("GraphNet")
@@ -166,7 +199,7 @@ class GraphNet(nn.Module):
 
         if in_features % 3 != packed_width(0) or in_features < packed_width(1):
             raise UserError(
-                f"model.trunk: GraphNet reads packed molecules, as the feature MolGraph gives them; found {in_features} inputs"
+                f"model.trunk: GraphNet reads packed molecules, as one feature MolGraph gives them; found {in_features} inputs"
             )
         if width < 1 or layers < 0:
             raise UserError(f"model.trunk: width is {width}, layers {layers}, expected at least 1, and 0")

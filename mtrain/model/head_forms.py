@@ -229,8 +229,13 @@ def _source(
 def _check_experts(
     task: str, experts: tuple[int, ...], reads: str | None, features: Mapping[str, tuple[int, ...]], gate: Gate | None
 ) -> None:
-    if gate is None or reads not in (None, gate.experts):
+    if gate is None:
         raise UserError(f"task '{task}' chooses from experts, but its head has no gate; set model.head.gate")
+    if reads not in (None, gate.experts):
+        what = f"the feature '{reads}'" if reads else "other tasks alone"
+        raise UserError(
+            f"task '{task}' chooses from experts, but reads {what}; let it read {gate.experts}, or leave experts out"
+        )
     there = features[gate.experts][0] if gate.experts in features else 0
     if not experts or min(experts) < 0 or max(experts) >= there > 0:
         raise UserError(

@@ -67,9 +67,10 @@ def _form(task: str, same: HeadForm, given: Mapping[str, Any], place: Mapping[st
     reads: Sequence[str] = given.get("reads", ())
     features = [name for name in reads if not name.startswith(TASK)]
     parents = [name.removeprefix(TASK) for name in reads if name.startswith(TASK)]
-    if len(features) > 1 or len(set(parents)) < len(parents):
+    if len(features) > 1 or len(set(parents)) < len(parents) or NOTHING in features:
         raise UserError(
-            f"task '{task}' reads {', '.join(reads)}: expected one feature, and any number of other tasks as {TASK}NAME"
+            f"task '{task}' reads {', '.join(map(repr, reads))}: expected one feature, and any number of other tasks as "
+            f"{TASK}NAME"
         )
     combine: Sequence[float] | None = given.get("combine")
     if combine is not None and (features or not parents or len(combine) != len(parents)):

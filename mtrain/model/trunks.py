@@ -33,7 +33,9 @@ from torch.nn import functional as F
 
 from mtrain.components import build, is_own, signature
 from mtrain.config import Config, ModelConfig
+from mtrain.data import FEATURES as INPUT_FEATURES
 from mtrain.data.features import Feature
+from mtrain.data.inputs import Inputs, MemoryInputs
 from mtrain.errors import UserError, matches, nearest
 from mtrain.model.conv import Conv
 from mtrain.model.dropout import Dropout
@@ -229,31 +231,52 @@ class SharedModel(nn.Module):
         )
 
 
-def check_packed(shared: SharedModel, features: Sequence[Feature]) -> None:
-    """Whether features that are packed in numbers (token ids) meet a trunk that unpacks them, and the other way round.
+def check_features(shared: SharedModel, features: Sequence[Feature], inputs: Inputs | None = None) -> None:
+    """Whether features that are packed in numbers (token ids, molecules) meet a trunk that unpacks them, and the other way
+    round, and whether numbers of nodes reach a NodeGraph as they are.
+
+    Args:
+        inputs: of all rows; where they are in memory, their numbers of nodes are looked at too.
 
     Raises:
-        UserError: one is there without the other, or token ids that have no embedding.
+        UserError: one is there without the other, token ids that have no embedding, or numbers changed or of no node.
     """
+
+    def use(known: Mapping[str, type], attribute: str, what: object) -> str:
+        names = [name for name, kind in known.items() if getattr(kind, attribute, None) == what]
+        return f"use {names[0]}" if names else f"use a class of your own with {attribute} = '{what}'"
+
     trunk, name = shared.trunk, type(shared.trunk).__name__
     readers = [module for module in trunk.modules() if isinstance(getattr(module, "unpacks", None), str)]
     packed = {feature.packed for feature in features if feature.packed}
     for reader in readers:
         if reader.unpacks not in packed:
-            raise UserError(f"model.trunk: {name} reads {reader.unpacks}, which no feature of inputs gives; use Tokens")
+            instead = use(INPUT_FEATURES, "packed", reader.unpacks)
+            raise UserError(f"model.trunk: {name} reads {reader.unpacks}, which no feature of inputs gives; {instead}")
     if readers and shared.ranges is None and len(features) > 1:
         raise UserError(
             f"model.trunk: {name} reads one feature of {readers[0].unpacks}, but inputs has {len(features)} features"
         )
-    for feature in features:  # the user's own trunk may do with them what it likes
-        if feature.packed and not is_own(trunk) and not any(reader.unpacks == feature.packed for reader in readers):
-            columns, kind = feature.state["columns"], type(feature).__name__
-            raise UserError(
-                f"inputs.{columns[0]}: {kind} gives {feature.packed}, which trunk {name} cannot read; use TextEncoder"
-            )
+    nodes = [module for module in trunk.modules() if isinstance(module, NodeGraph)]
+    if (inner := [*readers, *nodes]) and isinstance(trunk, MMoE | CGC | TaskStems):
+        inside = type(inner[0]).__name__
+        raise UserError(
+            f"model.trunk: {name} reads its inputs as quantities too, but {inside} in it needs others; make {inside} the trunk"
+        )
+    for feature in [] if is_own(trunk) else features:  # the user's own trunk may do with them what it likes
+        where, kind = ".".join(["inputs", *feature.state.get("columns", [])[:1]]), type(feature).__name__
+        if readers and not feature.packed:
+            raise UserError(f"{where}: {kind} gives quantities, but trunk {name} reads {readers[0].unpacks}")
+        if feature.packed and not any(reader.unpacks == feature.packed for reader in readers):
+            instead = use(TRUNKS, "unpacks", feature.packed)
+            raise UserError(f"{where}: {kind} gives {feature.packed}, which trunk {name} cannot read; {instead}")
     for reader in readers:
         if isinstance(reader, TextEncoder):
             reader.check_vocabulary([feature for feature in features if feature.packed == reader.unpacks])
+    for reader in [] if is_own(trunk) else nodes:
+        reader.check_numbers(features)
+        if isinstance(inputs, MemoryInputs):
+            reader.rows_of(inputs.x_NF.flatten())
 
 
 def check_tasks(shared: SharedModel, saved: Sequence[str], now: Sequence[str]) -> None:

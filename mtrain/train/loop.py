@@ -32,7 +32,7 @@ from mtrain.data.samplers import SAMPLERS, Equal, Sampler, draw
 from mtrain.errors import UserError, some
 from mtrain.model.head_options import forms_by_name, head_forms, head_gate, of_members
 from mtrain.model.heads import HeadBank
-from mtrain.model.trunks import SharedModel, check_packed, check_tasks, shared_network
+from mtrain.model.trunks import SharedModel, check_features, check_tasks, shared_network
 from mtrain.parallel.plan import make_plan
 from mtrain.parallel.shard import Shard
 from mtrain.parallel.workload import workload
@@ -221,7 +221,7 @@ class Trainer:
         self.accelerator.free_memory()
         self.bad_steps = 0
         self.shared: SharedModel = shared_network(config, self.prepared.widths, self.tasks.names)
-        check_packed(self.shared, [item.feature for item in self.prepared.features])
+        check_features(self.shared, [item.feature for item in self.prepared.features], self.prepared.inputs)
         self.work = workload(self.tasks, self.prepared.parts["train"].labels, config, self.shared, self.sampling_T)
         self.plan = make_plan(self.work, self.world.size)
         self.shard = Shard(self.world, self.plan)

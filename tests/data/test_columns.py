@@ -24,6 +24,30 @@ def test_a_column_is_looked_at_by_its_values():
     assert (column.missing, column.distinct, column.usual, column.binary) == (pytest.approx(0.4), 2, 2, True)
 
 
+@pytest.mark.parametrize("kind", [pa.int64(), pa.uint64(), pa.string(), pa.float64()])
+def test_large_whole_numbers_are_whole_and_told_apart_as_far_as_their_type_can(kind):
+    step = 1 if kind != pa.float64() else 256  # between two of its values there
+    values = [*range(2**60, 2**60 + 50 * step, step), 2**60, None]
+    column = look("tweet_id", pa.chunked_array([pa.array(values, pa.int64()).cast(kind, safe=False)]))
+    assert (column.form, column.whole, column.is_id) == ("number", True, True)
+    assert (column.distinct, column.usual, column.missing) == (50, 2, pytest.approx(1 / 52))
+
+
+@pytest.mark.parametrize(
+    ("kind", "form"),
+    [
+        (pa.date32(), "date"),
+        (pa.date64(), "date"),
+        (pa.timestamp("us", "UTC"), "date"),
+        (pa.time32("s"), "other"),
+        (pa.time64("ns"), "other"),
+        (pa.duration("s"), "other"),
+    ],
+)
+def test_days_and_moments_are_dates_but_times_of_day_and_durations_are_not(kind, form):
+    assert look("c", pa.chunked_array([pa.array([0, None, 86_400], kind)])).form == form
+
+
 def test_molecules_are_found_by_reading_them_whatever_their_column_is_called():
     pytest.importorskip("rdkit")
     assert look("structure", pa.chunked_array([SMILES])).form == "smiles"

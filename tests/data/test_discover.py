@@ -1,14 +1,19 @@
 """What a table is taken for, and why."""
 
+from collections import Counter
+
 import numpy as np
 import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from frames import SMILES, laboratory, with_holes
 
 from mtrain.config import check_config
-from mtrain.data.discover import discover, merged, sizes
+from mtrain.data import discover as discovering
+from mtrain.data.discover import _Seen, discover, merged, sizes
 from mtrain.data.prepare import prepare, read_source
-from mtrain.errors import UserError
+from mtrain.errors import UserError, matches
 
 rng = np.random.default_rng(0)
 
@@ -468,6 +473,44 @@ def test_sizes_grow_with_the_data(rows):
     assert 100 <= steps <= 50_000
     assert 5 <= steps / (train["eval_every"] * per_epoch) <= 60
     assert trunk["widths"][0] <= max(64, rows)
+
+
+@pytest.mark.parametrize("names", [[f"g{i}" for i in range(300)], [f"{a}{b}z" for a in "abcdefghij" for b in "klmnopqrstuvwx"]])
+def test_a_wide_table_is_not_looked_through_for_each_column(tmp_path, monkeypatch, names):
+    calls = Counter()
+    for name in ("of", "free"):
+        original = getattr(_Seen, name)
+        monkeypatch.setattr(_Seen, name, lambda *given, original=original: calls.update("s") or original(*given))
+    monkeypatch.setattr(discovering, "matches", lambda *given: calls.update("m") or matches(*given))
+    guess = found(tmp_path, numbers([*names, "y"], 20))
+    assert list(guess.tree["inputs"]) == (["g*"] if "g1" in names else names)
+    assert of(guess, "label") == ["y"]
+    assert max(calls.values()) < len(names)
+
+
+def test_large_ids_are_keys_and_no_inputs(tmp_path):
+    guess = found(tmp_path, numbers(["a", "b", "y"]).assign(tweet_id=range(2**60, 2**60 + 60)), name="t.parquet")
+    assert (role(guess, "tweet_id"), guess.tree["data"]["key"]) == ("key", "tweet_id")
+    assert guess.tree["inputs"] == {"a": "Numeric", "b": "Numeric"}
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_views_of_strings_and_bytes_times_and_durations_do_not_stop_a_table_from_training(tmp_path, streaming):
+    table = pa.table(
+        {
+            "text": pa.array(["a", "b", "c"] * 20, pa.string_view()),
+            "bytes": pa.array([b"a", b"b"] * 30, pa.binary_view()),
+            "at": pa.array(range(60), pa.time32("s")),
+            "took": pa.array(range(60), pa.duration("s")),
+            "y": rng.normal(size=60),
+        }
+    )
+    pq.write_table(table, tmp_path / "t.parquet")
+    guess = discover({"data": {"path": str(tmp_path / "t.parquet"), "streaming": streaming}})
+    assert guess.tree["inputs"] == {"text": "Categorical"}
+    assert of(guess, "left out") == ["bytes", "at", "took"]
+    assert guess.notes == []
+    assert prepare(read_source(check_config(guess.tree, "test")), 0).inputs.width == 3
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,9 @@
 import bz2
 import gzip
+import io
 import re
 import sys
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -122,6 +124,10 @@ def test_a_long_csv_with_text_at_its_end_is_one_column_of_text(tmp_path):
 
 
 GOOD = "a,b\n1,2\n"
+with io.BytesIO() as _stream:
+    with zipfile.ZipFile(_stream, "w") as _archive:
+        _archive.writestr("t.csv", GOOD)
+    ZIPPED = _stream.getvalue()
 
 
 @pytest.mark.parametrize(
@@ -130,6 +136,7 @@ GOOD = "a,b\n1,2\n"
         (b"", "the file is empty, expected a header and rows"),
         (b"a,b\n", "no rows, expected at least one"),
         (b"\0" * 100, "holds binary data"),
+        (ZIPPED, "is a zip archive .*, expected CSV text.*; unpack it"),
         (bytes(range(128, 256)), "not UTF-8 text"),
         ("a,ü\n1,2\n".encode("latin-1"), "not UTF-8 text.*convert it"),
         (b"a,b\n" + b"1,2\n" * 100_000 + "ü,2\n".encode("latin-1"), "not UTF-8 text.*convert it"),
@@ -162,6 +169,23 @@ def test_other_broken_files_are_refused_too(tmp_path, name, content, message):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(UserError, match=message):
         opened(str(tmp_path / name))
+
+
+@pytest.mark.parametrize("kind", ["parquet", "arrow"])
+def test_columns_that_cannot_be_mapped_are_named(tmp_path, kind):
+    pairs = pa.array([[("a", 1.0)]], pa.map_(pa.string(), pa.float64()))
+    path = write(tmp_path / f"map.{kind}", pa.table({"x": [1.0], "pairs": pairs}))
+    instead = "; or set data.streaming: true" if kind == "parquet" else "$"
+    message = (
+        rf"column 'pairs' has type map<.*>, which .*, expected numbers, text or lists; .*leave it out of the file{instead}"
+    )
+    with pytest.raises(UserError, match=rf"data\.path {path}: {message}"):
+        opened(path)
+    (refused,) = open_mapped([[path]], kind, 5)
+    assert re.match(f"{path}: {message}", str(refused))
+    path = write(tmp_path / f"twice.{kind}", pa.table([[1.0], [2.0], [3.0]], ["x", "y", "x"]))
+    with pytest.raises(UserError, match=rf"data\.path {path}: two columns are named 'x', expected unique names; rename one"):
+        opened(path)
 
 
 def test_an_empty_table_is_refused(tmp_path):

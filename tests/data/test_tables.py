@@ -24,6 +24,16 @@ def test_an_indices_mapping_is_followed():
     check(MappedTable(data, 7), pd.DataFrame(data[:]), workers=4)
 
 
+def test_views_of_strings_are_read_as_strings(tmp_path):
+    path = tmp_path / "a.parquet"
+    table = pa.table({"t": pa.array(["a", None, "a longer text than fits a view"], pa.string_view()), "n": [1, 2, 3]})
+    pq.write_table(table, path)
+    for opened in (ParquetTable([str(path)], 5, 0), MappedTable(datasets.Dataset(table), 5)):
+        for found in (opened.read(["t"]), opened.read_chunk(0, ["t"])):
+            assert found.schema.types == [pa.string()]
+            assert found["t"].to_pylist() == table["t"].to_pylist()
+
+
 @settings(max_examples=40, deadline=None)
 @given(st.lists(st.tuples(st.integers(0, 30), st.integers(1, 12)), min_size=1, max_size=4), st.integers(1, 25))
 def test_parquet_chunks_are_row_groups_in_order_and_as_large_as_allowed(files, chunk_rows):

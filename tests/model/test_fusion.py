@@ -139,7 +139,11 @@ def test_stacked_networks_compile_and_take_no_rows():
         ({"a": 3, "b": 3}, {"encoder": {"class_path": "MLP", "init_args": {"members": 2}}}, "expected one feature"),
         ({"a": 3, "b": 3}, {"encoder": {"class_path": "MLP", "init_args": {"width": 2}}}, "did you mean 'widths'"),
         ({"a": 3, "b": 3}, {"encoder": "MMoE"}, "several features"),
-        ({"a": 3, "b": 3}, {"encoder": "FeatureFusion"}, "inputs: is missing"),
+        (
+            {"a": 3, "b": 3},
+            {"encoder": "FeatureFusion"},
+            "encoder: FeatureFusion reads inputs by name, expected a network of one",
+        ),
         ({"a": 3, "b": 3}, {"output": "both"}, "output"),
     ],
 )

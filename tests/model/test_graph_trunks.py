@@ -17,11 +17,13 @@ import yaml
 from mtrain.cli import main
 from mtrain.components import Spec
 from mtrain.config import ModelConfig
+from mtrain.data.chem import ECFP
+from mtrain.data.features import Numeric
 from mtrain.data.graphs import MolGraph, unpack_molecules
 from mtrain.errors import UserError
 from mtrain.model.dropout import row_keys
 from mtrain.model.graphs import FieldEmbedding, GraphNet, NodeGraph
-from mtrain.model.trunks import build_shared
+from mtrain.model.trunks import build_shared, check_features
 
 N, F = 60, 40
 SMILES = ["C", "CCO", "c1ccccc1", "[Na+].[Cl-]", "CC(=O)Oc1ccccc1C(=O)O", "N[C@@H](C)C(=O)O", "C1CC1", "C#N"]
@@ -140,7 +142,7 @@ def test_what_is_no_node_is_said(tmp_path, graph, rows, line):
         ),
         ("NodeGraph", 1, {"graph": "graph.npz", "width": 0}, "width is 0"),
         ("NodeGraph", 1, {}, "model.trunk.init_args.graph: is missing"),
-        ("GraphNet", 1024, {}, "reads packed molecules, as the feature MolGraph gives them; found 1024 inputs"),
+        ("GraphNet", 1024, {}, "reads packed molecules, as one feature MolGraph gives them; found 1024 inputs"),
         ("GraphNet", 302, {"width": 0}, "width is 0"),
     ],
 )
@@ -148,6 +150,118 @@ def test_what_cannot_be_built_is_said(tmp_path, graph, trunk, in_features, optio
     config = ModelConfig(trunk=Spec(class_path=trunk, init_args=options))
     with pytest.raises(UserError, match=line):
         build_shared(config, in_features, 0, root=str(tmp_path))
+
+
+def test_a_graph_whose_numbers_of_nodes_float32_does_not_hold_is_refused(tmp_path):
+    np.savez(tmp_path / "large.npz", x=np.zeros((2**24 + 1, 1), np.uint8), edge_index=np.zeros((2, 1), np.int64))
+    with pytest.raises(UserError, match=r"large.npz: 16,777,217 nodes, expected at most 16,777,216: float32 holds"):
+        NodeGraph(1, "large.npz", str(tmp_path))
+
+
+def built(trunk, inputs, **options):
+    return build_shared(ModelConfig(trunk=Spec(class_path=trunk, init_args=options)), inputs, 0)
+
+
+def fitted(feature, column, width):
+    feature.state = {"columns": [column], "width": width}
+    return feature
+
+
+@pytest.mark.parametrize(
+    ("options", "found"),
+    [
+        ({}, "standardize: true, impute: median"),
+        ({"standardize": False}, "impute: median"),
+        ({"standardize": False, "impute": "mean"}, "impute: mean"),
+        ({"impute": "error"}, "standardize: true"),
+        ({"standardize": False, "impute": "error", "clip": 5.0}, "clip: 5.0"),
+    ],
+)
+@pytest.mark.parametrize("trunk", ["NodeGraph", "FeatureFusion"])
+def test_numbers_of_nodes_that_a_feature_changes_are_refused_with_the_right_spelling(tmp_path, graph, trunk, options, found):
+    of_graph = {"graph": str(tmp_path / "graph.npz")}
+    if trunk == "FeatureFusion":
+        encoder = {"class_path": "NodeGraph", "init_args": of_graph}
+        shared = built(trunk, {"a": [slice(0, 1)], "b": [slice(1, 2)]}, encoder=encoder)
+    else:
+        shared = built(trunk, 1, **of_graph)
+    kept = fitted(Numeric(standardize=False, impute="error"), "other", 1)
+    check_features(shared, [kept])
+    with pytest.raises(UserError) as refused:
+        check_features(shared, [kept, fitted(Numeric(**options), "node", 1)])
+    assert str(refused.value) == (
+        f"inputs.node: found Numeric with {found}, but NodeGraph reads numbers of nodes as they are; write inputs: "
+        "{node: {class_path: Numeric, init_args: {standardize: false, impute: error}}}"
+    )
+
+
+def test_packed_molecules_are_read_by_a_graph_net_and_by_nothing_else():
+    molecules = [fitted(MolGraph(max_atoms=20), column, 62) for column in ("drug", "other")]
+    numbers = fitted(Numeric(), "dose", 62)
+    two, graph_net = {"a": [slice(0, 62)], "b": [slice(62, 124)]}, {"class_path": "GraphNet", "init_args": {"width": 8}}
+    check_features(built("GraphNet", 62), molecules[:1])
+    check_features(built("FeatureFusion", two, encoder=graph_net), molecules)
+    for trunk, inputs, options, features, line in (
+        (
+            "MLP",
+            62,
+            {},
+            molecules[:1],
+            "inputs.drug: MolGraph gives packed molecules, which trunk MLP cannot read; use GraphNet",
+        ),
+        ("FeatureFusion", two, {}, molecules, "inputs.drug: MolGraph gives packed molecules, which trunk FeatureFusion cannot"),
+        ("GraphNet", 62, {}, [numbers], "GraphNet reads packed molecules, which no feature of inputs gives; use MolGraph"),
+        ("GraphNet", 62, {}, [fitted(ECFP(bits=62), "drug", 62)], "packed molecules, which no feature of inputs gives"),
+        (
+            "GraphNet",
+            62 + 3,
+            {},
+            [molecules[0], fitted(Numeric(), "dose", 3)],
+            "GraphNet reads one feature of packed molecules, but inputs has 2",
+        ),
+        (
+            "FeatureFusion",
+            two,
+            {"encoder": graph_net},
+            [molecules[0], numbers],
+            "inputs.dose: Numeric gives quantities, but trunk FeatureFusion reads packed molecules",
+        ),
+    ):
+        with pytest.raises(UserError) as refused:
+            check_features(built(trunk, inputs, **options), features)
+        assert line in str(refused.value)
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+@pytest.mark.parametrize("inner", ["GraphNet", "NodeGraph"])
+def test_gates_and_stems_do_not_read_what_only_the_graph_trunk_in_them_can(tmp_path, graph, inner):
+    np.savez(tmp_path / "graph.npz", x=np.ones((N, F)), edge_index=graph)  # dense: torch.func.vmap has no sparse features
+    options = {"graph": str(tmp_path / "graph.npz")} if inner == "NodeGraph" else {}
+    width, part = (1 if options else 62), {"class_path": inner, "init_args": options | {"width": 8}}
+    if options:
+        feature = fitted(Numeric(standardize=False, impute="error"), "node", 1)
+    else:
+        feature = fitted(MolGraph(max_atoms=20), "drug", 62)
+    line = f"reads its inputs as quantities too, but {inner} in it needs others; make {inner} the trunk"
+    for shared in (
+        built("MMoE", width, experts=2, expert=part),
+        built("CGC", width, groups=1, group_experts=1, shared_experts=1, expert=part),
+    ):
+        with pytest.raises(UserError, match=line):
+            check_features(shared, [feature])
+    stems = ModelConfig(trunk=Spec(class_path="TaskStems", init_args={"widths": [width], "trunk": part}))
+    with pytest.raises(UserError, match=f"TaskStems {line}"):
+        check_features(build_shared(stems, {"a": [slice(0, width)]}, 0, ["t"], by_task=True), [feature])
+
+
+def test_a_class_of_ones_own_that_packs_is_told_what_would_unpack_it():
+    class Reads(Numeric):
+        packed = "reads of a genome"
+
+    feature = Reads()
+    feature.state = {"width": 4}  # a feature need not learn more
+    with pytest.raises(UserError, match=r"inputs: Reads gives .* use a class of your own with unpacks = 'reads of a genome'"):
+        check_features(built("MLP", 4), [feature])
 
 
 @pytest.mark.parametrize("trunk", ["NodeGraph", "GraphNet"])
@@ -215,7 +329,7 @@ def test_each_field_value_has_an_embedding_of_its_own():
 
 NODES = {
     "data": {"path": "nodes.csv", "layout": "grid"},
-    "inputs": {"node": {"class_path": "Numeric", "init_args": {"standardize": False}}},
+    "inputs": {"node": {"class_path": "Numeric", "init_args": {"standardize": False, "impute": "error"}}},
     "tasks": {"labels": ["y", "z"], "derived": {"is_{class}": {"label": "y", "one_against_rest": True}}},
     "split": {"by": "column", "column": "part", "parts": {p: [p] for p in ("train", "valid", "test")}, "seeds": [0, 1]},
     "model": {
@@ -248,6 +362,19 @@ def test_nodes_are_trained_and_predicted_and_seeds_repeat_the_training_on_a_give
     table = pq.read_table(tmp_path / "p.parquet")
     right = np.array(table["y"].to_pylist()) == pd.read_csv(tmp_path / "nodes.csv")["y"].to_numpy()
     assert right.mean() > 0.8
+
+
+@pytest.mark.parametrize("number", [-1, N, 0.5])
+def test_a_number_that_is_no_node_is_refused_before_a_run_directory_is_made(tmp_path, graph, monkeypatch, capsys, number):
+    monkeypatch.chdir(tmp_path)
+    nodes = pd.read_csv("nodes.csv")
+    nodes["node"] = nodes["node"].astype(type(number))
+    nodes.loc[7, "node"] = number
+    nodes.to_csv("nodes.csv", index=False)
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump(NODES))
+    assert run_main("train", "c.yaml", "--run_dir", "run") == 2
+    assert f"inputs: node number {number}, expected whole numbers from 0 to 59" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.slow

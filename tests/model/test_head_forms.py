@@ -228,7 +228,17 @@ def test_the_heads_of_some_tasks_are_those_of_all():
         ([HeadForm(reads="left"), HeadForm()], None, "task 'b' does not say which feature it reads.*left, experts, by"),
         ([HeadForm()] * 2, Gate("experts", "bi"), "model.head.gate.by: the trunk gives no feature 'bi'; did you mean 'by'"),
         ([HeadForm()] * 2, Gate("left", "by"), r"model.head.gate.experts: 'left' is \[4\] for a row, expected \[E, D\]"),
-        ([HeadForm(reads="by", experts=(0,)), HeadForm()], Gate("experts", "by"), "task 'a' chooses .* no gate"),
+        ([HeadForm(reads="experts", experts=(0,))] * 2, None, "task 'a' chooses .* no gate; set model.head.gate"),
+        (
+            [HeadForm(reads="by", experts=(0,)), HeadForm()],
+            Gate("experts", "by"),
+            "task 'a' chooses from experts, but reads the feature 'by'; let it read experts, or leave experts out",
+        ),
+        (
+            [HeadForm(reads="", parents=(1,), experts=(0,)), HeadForm()],
+            Gate("experts", "by"),
+            "task 'a' chooses from experts, but reads other tasks alone; let it read experts",
+        ),
         ([HeadForm(), HeadForm(experts=(0, 3))], Gate("experts", "by"), r"task 'b' .* \[0, 3\], expected numbers from 0 to 2"),
         ([HeadForm(reads="by", parents=(1,)), HeadForm(reads="by", parents=(0,))], None, "'a' reads 'b' reads 'a'"),
         ([HeadForm(reads="by", parents=(0,)), HeadForm(reads="by")], None, "'a' reads 'a': a head cannot"),

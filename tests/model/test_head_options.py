@@ -37,7 +37,9 @@ def test_options_of_a_task_are_those_of_the_head_and_the_last_that_match():
 @pytest.mark.parametrize(
     ("by_name", "message"),
     [
-        ({"buy": {"reads": ["left", "right"]}}, "task 'buy' reads left, right: expected one feature"),
+        ({"buy": {"reads": ["left", "right"]}}, "task 'buy' reads 'left', 'right': expected one feature"),
+        ({"buy": {"reads": ""}}, "task 'buy' reads '': expected one feature, and any number of other tasks as task:NAME"),
+        ({"buy": {"reads": ["", "task:click"]}}, "task 'buy' reads '', 'task:click': expected one feature"),
         ({"buy": {"reads": ["left", "task:click", "task:click"]}}, "reads: found .*; expected each once"),
         ({"buy": {"reads": ["left", "task:clik"]}}, "reads task:clik, which is not a task of this run; did you mean 'click'"),
     ],

@@ -11,7 +11,7 @@ from mtrain.errors import UserError
 from mtrain.model import text
 from mtrain.model.dropout import row_keys
 from mtrain.model.text import TextEncoder
-from mtrain.model.trunks import build_shared, check_packed
+from mtrain.model.trunks import build_shared, check_features
 
 LENGTHS = [3, 12, 7, 1, 5, 11, 2, 2, 8]
 SIZE = {"vocab_size": 40, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -190,20 +190,20 @@ def test_features_and_trunks_that_do_not_fit_each_other_are_refused():
     encoder = build_shared(ModelConfig(trunk={"class_path": "TextEncoder", "init_args": {"config": BERT}}), 12, 0)
     mlp = build_shared(ModelConfig(), 12, 0)
     with pytest.raises(UserError, match=r"inputs.body: Ids gives token ids, which trunk MLP cannot read; use TextEncoder"):
-        check_packed(mlp, [Ids()])
+        check_features(mlp, [Ids()])
     with pytest.raises(
         UserError, match=r"model.trunk: TextEncoder reads token ids, which no feature of inputs gives; use Tokens"
     ):
-        check_packed(encoder, [Numbers()])
+        check_features(encoder, [Numbers()])
     with pytest.raises(UserError, match=r"TextEncoder reads one feature of token ids, but inputs has 2 features"):
-        check_packed(encoder, [Ids(), Numbers()])
+        check_features(encoder, [Ids(), Numbers()])
     with pytest.raises(
         UserError, match=r"inputs.body: the tokenizer has ids up to 40, but the embedding of TextEncoder has 40 rows"
     ):
-        check_packed(encoder, [Ids()])
+        check_features(encoder, [Ids()])
     Ids.state["vocabulary"] = 40
-    check_packed(encoder, [Ids()])
-    check_packed(mlp, [Numbers()])
+    check_features(encoder, [Ids()])
+    check_features(mlp, [Numbers()])
 
 
 def test_ids_are_exact_in_float32():
