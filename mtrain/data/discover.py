@@ -30,12 +30,12 @@ from mtrain.data.labels import select
 from mtrain.data.prepare import UNNAMED
 from mtrain.data.sources import format_of, is_glob, local_files, open_data, open_many, quiet, require, search_folders
 from mtrain.data.splits import KEEPS_KEYS, SOURCE
-from mtrain.data.tables import ReadError, Table
+from mtrain.data.tables import ReadError, Table, sample
 from mtrain.errors import UserError, matches, nearest, some
 
 MIN_ROWS = 10
 _CELLS = 50_000_000  # of a table that is looked at as a whole
-_SAMPLED_CHUNKS, _SAMPLED_FILES = 8, 20
+_SAMPLED_FILES = 20
 _VARIES = 5  # rows: a column in which fewer differ from the rest may be constant in training
 _MISSING = 0.05  # share: labels miss more, inputs less
 _SPARSE = 0.2  # share: numbered columns that miss more, and twice as much as a quarter of the others, are labels
@@ -288,13 +288,8 @@ def _look(data: DataConfig, beside: Path | None) -> _Seen:
         table, streaming = open_data(data, beside)
         columns = list(table.column_names)
         large = streaming or len(table) * len(columns) > _CELLS
-        values = _sample(table, columns) if large else table.read(columns)
+        values = sample(table, columns) if large else table.read(columns)
     return _Seen({name: look(name, values[name]) for name in columns}, values, len(table))
-
-
-def _sample(table: Table, columns: Sequence[str]) -> pa.Table:
-    chunks = np.unique(np.linspace(0, len(table.key_C) - 1, _SAMPLED_CHUNKS).astype(int)).tolist()
-    return pa.concat_tables([table.read_chunk(chunk, columns) for chunk in chunks], promote_options="permissive")
 
 
 def _look_into_files(data: DataConfig, beside: Path | None) -> _Seen:

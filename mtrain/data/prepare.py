@@ -38,13 +38,12 @@ from mtrain.data.loader import WINDOW, Part
 from mtrain.data.sources import is_glob, open_data, require
 from mtrain.data.splits import KEEPS_KEYS, SOURCE, overlap, split, split_hash
 from mtrain.data.statistics import with_statistics
-from mtrain.data.tables import ReadError, Table
+from mtrain.data.tables import ReadError, Table, sample
 from mtrain.errors import UserError, matches, nearest
 from mtrain.tasks import TaskTable
 
 UNNAMED = "Unnamed: "  # so pandas calls a column without a name: mostly row numbers
 _REPEATED = 0.5  # share of distinct values up to which a slow feature is computed before
-_INFERRED_CHUNKS = 8  # of inputs whose feature the config does not name
 _SMALL_TABLE, _PROBED_ROWS = 20_000, 64
 T = TypeVar("T", pa.Table, pa.ChunkedArray)
 _GRID_DENSITY = 0.02  # sparser tables are kept as pairs, denser pairs as a grid
@@ -416,9 +415,8 @@ def _take(values: T, row_N: NDArray[np.int64]) -> T:
 
 
 def _inferred(table: Table, columns: list[str]) -> dict[str, Spec]:
-    """Features by the values of a few chunks from all over the table."""
-    chunks = np.unique(np.linspace(0, len(table.key_C) - 1, _INFERRED_CHUNKS).astype(int)).tolist()
-    values = pa.concat_tables([table.read_chunk(chunk, columns) for chunk in chunks], promote_options="permissive")
+    """Features by the values of some rows."""
+    values = sample(table, columns)
     return {column: infer_feature(values.schema.field(column), values[column]) for column in columns}
 
 

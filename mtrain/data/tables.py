@@ -27,6 +27,7 @@ from mtrain.data.order import U64, mix, name_key
 from mtrain.errors import UserError, nearest
 
 READERS = 4  # threads
+SAMPLED_CHUNKS = 8  # of a table that is looked at
 NO_ROWS = ("corresponds to no data", "BatchSize must be greater than 0")  # so `datasets` says that a table is empty
 _LOST = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
 _NETWORK = {"aiohttp", "httpcore", "httpx", "requests", "urllib3"}
@@ -189,6 +190,12 @@ def odd_column(names: Mapping[str, Sequence[str]]) -> str | None:
             here, there = (table, first) if odd[0] in columns else (first, table)
             return f"column '{odd[0]}' is in {here} but not in {there}, expected the same columns in all"
     return None
+
+
+def sample(table: Table, columns: Sequence[str]) -> pa.Table:
+    """Rows of a few chunks from all over a table."""
+    chunks = np.unique(np.linspace(0, len(table.key_C) - 1, SAMPLED_CHUNKS).astype(int)).tolist()
+    return pa.concat_tables([table.read_chunk(chunk, columns) for chunk in chunks], promote_options="permissive")
 
 
 def concat(tables: Sequence[pa.Table], names: Sequence[str]) -> pa.Table:
