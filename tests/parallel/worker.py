@@ -137,7 +137,12 @@ def main(folder, *cases):
             config = config.model_copy(update={"train": config.train.model_copy(update={"steps": int(steps)})})
         trainers = []
         build = loop.Trainer._build
-        with mock.patch.object(loop.Trainer, "_build", lambda self, build=build, to=trainers: (to.append(self), build(self))):
+
+        def kept(self, anew, build=build, to=trainers):
+            to.append(self)
+            build(self, anew)
+
+        with mock.patch.object(loop.Trainer, "_build", kept):
             runs.train(config, folder, path, Console(quiet=True))
         trainer = trainers[-1]
         sent = trainer.world.gather_objects(dict(trainer.world.sent))
