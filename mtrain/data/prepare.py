@@ -255,7 +255,7 @@ def prepare(source: Source, seed: int) -> Prepared:
     num_units = len(source.input_U)
     task_N = pa.array(labels.tasks.names).take(pa.array(labels.task_P)) if config.data.layout != "grid" else None
     with source.named_rows(source.row_U):
-        key = source.column(config.data.key, "data.key") if config.data.key else None
+        key_U = source.column(config.data.key, "data.key") if config.data.key else None
         units = split(
             config.split,
             seed,
@@ -263,10 +263,10 @@ def prepare(source: Source, seed: int) -> Prepared:
             columns=source.column,
             known=source.table.column_names,
             task_N=task_N,
-            key=key,
+            key=key_U,
         )
-    if key is not None and config.split.by not in KEEPS_KEYS and "test" in units:
-        repeated = overlap(_take(key, units["train"]), _take(key, units["test"]))
+    if key_U is not None and config.split.by not in KEEPS_KEYS and "test" in units:
+        repeated = overlap(_take(key_U, units["train"]), _take(key_U, units["test"]))
         if repeated > 0:
             notes.append(
                 f"split.by {config.split.by} does not keep rows of one {config.data.key} together: {repeated:.0%} of the test "
@@ -366,12 +366,12 @@ def _chunked_inputs(source: Source, train_inputs: NDArray[np.int64], seed: int, 
     config = source.config.data
     budget, skip = config.memory_gb * 1e9, config.on_error == "skip_task"
     features = [replace(item, feature=_feature(item.spec, item.columns)) for item in source.features]
-    sample, read = fitting_sample(source.table, source.row_N[train_inputs], features, config.fit_rows, seed, skip_failed=skip)
-    for item, values in zip(features, sample, strict=True):
+    values, read = fitting_sample(source.table, source.row_N[train_inputs], features, config.fit_rows, seed, skip_failed=skip)
+    for item, encoded in zip(features, values, strict=True):
         with in_one_line(item.feature, item.columns):
-            item.feature.fit(values, item.columns)
-    if len(sample[0]) < len(train_inputs):
-        notes.append(f"inputs are fitted on {len(sample[0])} of {len(train_inputs)} training rows (data.fit_rows)")
+            item.feature.fit(encoded, item.columns)
+    if len(values[0]) < len(train_inputs):
+        notes.append(f"inputs are fitted on {len(values[0])} of {len(train_inputs)} training rows (data.fit_rows)")
     source.features = features
     inputs = ChunkedInputs(source.table, source.row_N, features, budget, config.max_invalid * source.num_inputs, skip)
     for chunk, encoded in read.items():

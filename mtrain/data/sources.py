@@ -205,13 +205,11 @@ def search_folders(root: str | None, beside: Path | None = None) -> list[Path]:
 
 def folder_of(path: str, folders: Sequence[Path]) -> Path | None:
     """The first of `folders` in which a file or folder, or a match of a glob, is; None: it is in none."""
-    found = (f for f in folders if os.path.exists(f / os.path.expanduser(path)) or (is_glob(path) and matching(f, path)))
-    return next(found, None)  # pathlib's exists raises for a name that is too long
-
-
-def matching(folder: Path, path: str) -> list[str]:
-    """What matches a glob, sorted."""
-    return sorted(glob.glob(str(folder / os.path.expanduser(path)), recursive=True))
+    for folder in folders:
+        full = str(folder / os.path.expanduser(path))
+        if os.path.exists(full) or (is_glob(path) and next(glob.iglob(full, recursive=True), None) is not None):
+            return folder  # pathlib's exists raises for a name that is too long
+    return None
 
 
 def existing(path: str, folders: Sequence[Path], key: str) -> Path:
@@ -245,7 +243,7 @@ def _find(path: str, config: DataConfig, beside: Path | None) -> list[str]:
         if full.is_file():
             return [str(full)]
         if not full.is_dir():
-            return matching(root, path)
+            return sorted(glob.glob(str(full), recursive=True))
         found = sorted(str(f) for f in full.rglob("*") if f.is_file() and format_of(f.name))
         found = [f for f in found if not f.endswith(".txt")] or found  # a readme beside tables
         if not found:

@@ -67,7 +67,7 @@ class Totals:
 class Window:
     """Sums over the micro-batches of one step: for each task of this rank its losses, weights and whether one of its losses
     was not finite, and labels `[4, T]`; and whether features were not finite. After `sum_up` those of all tasks and ranks.
-    `finite_rows` are the rows of this rank whose features were finite."""
+    `finite_rows` are the rows of this rank whose features were finite, in the first step."""
 
     def __init__(self, num_tasks: int, device: torch.device):
         self.sums_4T = torch.zeros(4, num_tasks, device=device)
@@ -243,9 +243,9 @@ class Stepper:
         own = {"step_key": row_keys(self.config.seed, step, self.any_row)} if self.takes_step else {}
         with self._trunk_failures():
             features_BD = self.model(*batch.arguments(keys_B), **own)
-        finite_B = features_BD.detach().flatten(1).isfinite().all(1)
-        window.bad_features += ~finite_B.all()
-        window.finite_rows += finite_B.sum()
+        window.bad_features += ~features_BD.detach().isfinite().all()
+        if step == 0:
+            window.finite_rows += features_BD.detach().flatten(1).isfinite().all(1).sum()
         z_HD = self.shard.to_heads(features_BD.detach(), batch.deal).requires_grad_(features_BD.requires_grad)
         with self.accelerator.autocast():
             found = [self._loss(piece) for piece in pieces(self.bank, z_HD, batch.labels, needed, keys_H, tapped)]
