@@ -367,9 +367,9 @@ def _chunked_inputs(source: Source, train_inputs: NDArray[np.int64], seed: int, 
     budget, skip = config.memory_gb * 1e9, config.on_error == "skip_task"
     features = [replace(item, feature=_feature(item.spec, item.columns)) for item in source.features]
     values, read = fitting_sample(source.table, source.row_N[train_inputs], features, config.fit_rows, seed, skip_failed=skip)
-    for item, encoded in zip(features, values, strict=True):
+    for item, of_feature in zip(features, values, strict=True):
         with in_one_line(item.feature, item.columns):
-            item.feature.fit(encoded, item.columns)
+            item.feature.fit(of_feature, item.columns)
     if len(values[0]) < len(train_inputs):
         notes.append(f"inputs are fitted on {len(values[0])} of {len(train_inputs)} training rows (data.fit_rows)")
     source.features = features
