@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import atexit
 import importlib
 import inspect
 import json
@@ -34,20 +35,19 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
         noticed = ("SIGTERM", "SIGUSR1") if argv[:1] == ["train"] else ()
         with stop_signals(*noticed) as asked:  # also while libraries are imported and data read
             _run(argv, asked)
-        _part()
     except UserError as error:
         if os.environ.get("RANK", "0") != "0":
             time.sleep(SAID_ONCE)
         print(f"mtrain: {error}", file=sys.stderr)
-        sys.exit(2)
+        _leave(2)
     except KeyboardInterrupt:
         print("mtrain: interrupted", file=sys.stderr)
-        sys.exit(130)
+        _leave(130)
     except Preempted as stop:
         if os.environ.get("RANK", "0") == "0":
             print(f"mtrain: stopped by {stop}", file=sys.stderr)
-        sys.exit(128 + stop.number)
-    sys.exit(0)
+        _leave(128 + stop.number, together=True)
+    _leave(0, together=True)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -283,13 +283,21 @@ def _given(arguments: argparse.Namespace) -> list[str]:
     return [word for key, value in given.items() for word in (f"--{key}", json.dumps(value))]
 
 
-def _part() -> None:
-    """Processes that worked together end their group."""
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        import torch.distributed as dist
+def _leave(status: int, together: bool = False) -> NoReturn:
+    """Exit; `together`: all processes of the launcher do.
 
-        if dist.is_initialized():
-            dist.destroy_process_group()
+    Of several processes none takes the interpreter apart: a thread of Gloo that still has to let go of a tensor would abort it
+    (pytorch/pytorch#179291), and DDP keeps those threads after its group is destroyed.
+    """
+    dist = sys.modules.get("torch.distributed")  # if no one has imported it there is no group
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1 or dist is None or not dist.is_initialized():
+        sys.exit(status)
+    if together:
+        dist.destroy_process_group()
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 def _key_help() -> str:

@@ -25,9 +25,12 @@ from mtrain.train.checkpoint import Checkpoints
 
 STEPS = 60
 SLOW = """
-import os, time
+import os, sys, time
 import torch
 from torch import nn
+
+if "HOLD" in os.environ:
+    sys.setswitchinterval(100)  # a thread gets the interpreter only when the main one waits
 
 class Slow(nn.Module):
     def __init__(self, in_features: int, width: int = 16, ballast: int = 1):
@@ -187,10 +190,11 @@ def stopped(tmp_path_factory):
     """A folder with a run that a signal to one of two processes has stopped."""
     folder = tmp_path_factory.mktemp("stopped")
     write_problem(folder, train={"keep_checkpoints": 3})
-    with Started(folder, slow=0.02) as started:
+    hold = {"HOLD": "1"}
+    with Started(folder, slow=0.02, seen={0: hold, 1: hold}) as started:
         started.reaches(25)
         started.kill(signal.SIGUSR1, 1)
-        assert started.wait() == [128 + signal.SIGUSR1] * 2
+        assert started.wait() == [128 + signal.SIGUSR1] * 2, [started.said(), started.said(1)]
         out, err = started.said()
         assert err == "mtrain: stopped by SIGUSR1\n"
         assert started.said(1) == ("", "")
