@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import atexit
 import importlib
 import inspect
 import json
@@ -20,7 +19,7 @@ from rich.console import Console
 from mtrain.config import keys, load_config, override
 from mtrain.errors import UserError
 from mtrain.report.help import FIRST_RUN, MORE
-from mtrain.train.stop import Preempted, stop_signals
+from mtrain.train.stop import Preempted, leave, stop_signals
 
 SAID_ONCE = 1.0  # seconds in which a launcher ends the other processes, where rank 0 makes the same mistake
 WITH_KEYS = ("init", "train", "tasks", "tune", "baseline", "partition", "plan")  # commands that take --section.key value
@@ -39,15 +38,15 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
         if os.environ.get("RANK", "0") != "0":
             time.sleep(SAID_ONCE)
         print(f"mtrain: {error}", file=sys.stderr)
-        _leave(2)
+        leave(2)
     except KeyboardInterrupt:
         print("mtrain: interrupted", file=sys.stderr)
-        _leave(130)
+        leave(130)
     except Preempted as stop:
         if os.environ.get("RANK", "0") == "0":
             print(f"mtrain: stopped by {stop}", file=sys.stderr)
-        _leave(128 + stop.number, together=True)
-    _leave(0, together=True)
+        leave(128 + stop.number, together=True)
+    leave(0, together=True)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -281,23 +280,6 @@ def _given(arguments: argparse.Namespace) -> list[str]:
     keys = {"layout": "data.layout", "key": "data.key", "task": "data.task", "label": "data.label", "labels": "tasks.labels"}
     given = {key: getattr(arguments, name) for name, key in keys.items() if getattr(arguments, name) is not None}
     return [word for key, value in given.items() for word in (f"--{key}", json.dumps(value))]
-
-
-def _leave(status: int, together: bool = False) -> NoReturn:
-    """Exit; `together`: all processes of the launcher do.
-
-    Of several processes none takes the interpreter apart: a thread of Gloo that still has to let go of a tensor would abort it
-    (pytorch/pytorch#179291), and DDP keeps those threads after its group is destroyed.
-    """
-    dist = sys.modules.get("torch.distributed")  # if no one has imported it there is no group
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1 or dist is None or not dist.is_initialized():
-        sys.exit(status)
-    if together:
-        dist.destroy_process_group()
-    atexit._run_exitfuncs()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(status)
 
 
 def _key_help() -> str:

@@ -6,7 +6,6 @@ import random
 import re
 import shutil
 import signal
-import socket
 import struct
 import subprocess
 import sys
@@ -19,6 +18,7 @@ import pandas as pd
 import pytest
 import yaml
 from parallel.test_invariance import check_alike
+from ports import free_port
 
 from mtrain.cli import main
 from mtrain.train.checkpoint import Checkpoints
@@ -82,9 +82,7 @@ class Started:
         elif processes == 1:
             ranks = [(command, {})]
         else:
-            with socket.socket() as one:
-                one.bind(("localhost", 0))
-                where = {"MASTER_ADDR": "localhost", "MASTER_PORT": f"{one.getsockname()[1]}", "WORLD_SIZE": f"{processes}"}
+            where = {"MASTER_ADDR": "localhost", "MASTER_PORT": free_port(), "WORLD_SIZE": f"{processes}"}
             ranks = [
                 (command + (each or {}).get(r, []), where | {"RANK": f"{r}", "LOCAL_RANK": f"{r}"} | (seen or {}).get(r, {}))
                 for r in range(processes)

@@ -1,7 +1,6 @@
 """The files in launch/: what accelerate, bash and YAML make of them."""
 
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +9,7 @@ import pytest
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import launch_command_parser
+from ports import free_port
 
 ROOT = Path(__file__).parents[1]
 LAUNCH = ROOT / "launch"
@@ -37,12 +37,6 @@ def lines(process):
     out, err = process.communicate(timeout=240)
     assert process.returncode == 0, err
     return [line.split() for line in out.splitlines()]
-
-
-def free_port():
-    with socket.socket() as one:
-        one.bind(("localhost", 0))
-        return str(one.getsockname()[1])
 
 
 @pytest.mark.parametrize("path", sorted(LAUNCH.glob("*.yaml")), ids=lambda path: path.name)

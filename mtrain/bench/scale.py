@@ -47,6 +47,7 @@ from mtrain.parallel.wrap import make_accelerator
 from mtrain.train.loop import Trainer, build_bank, build_loader
 from mtrain.train.run_dir import RunDir
 from mtrain.train.step import Totals, count
+from mtrain.train.stop import leave
 from mtrain.train.tracker import NoTracker
 
 COLLECTIVES: dict[str, Collective] = {
@@ -338,8 +339,7 @@ def _work(folder: Path) -> None:
         results.append(measure(case, folder / f"{case.name}.parquet"))
     if int(os.environ.get("RANK", 0)) == 0:
         (folder / "found.json").write_text(json.dumps(results))
-    if dist.is_initialized():
-        dist.destroy_process_group()
+    leave(0, together=True)
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from mtrain.parallel.plan import flows
+from mtrain.train.stop import leave
 
 STEPS = range(2, 5)  # those that are counted: DDP arranges its buckets anew after the first
 # the mode, and whether there are hot tasks
@@ -150,3 +151,4 @@ def main(folder):
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]))
+    leave(0, together=True)

@@ -19,6 +19,7 @@ from mtrain.errors import UserError
 from mtrain.parallel.plan import HOT, Plan
 from mtrain.parallel.shard import Shard
 from mtrain.parallel.world import World
+from mtrain.train.stop import leave
 
 CHECKS = {}
 TOTALS = (0, 1, 2, 3, 5, 8, 13)
@@ -244,7 +245,7 @@ def main(file):
     if world.is_first:
         with open(file, "w") as out:
             json.dump(found, out)
-    dist.destroy_process_group()
+    leave(0, together=True)
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from mtrain import runs
 from mtrain.config import load_config
 from mtrain.parallel import wrap
 from mtrain.train import loop
+from mtrain.train.stop import leave
 
 
 class BySize(FSDPOnCPU):
@@ -50,3 +51,4 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     datasets.disable_progress_bars()
     main(*sys.argv[1:])
+    leave(0, together=True)

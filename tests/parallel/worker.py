@@ -20,6 +20,7 @@ from mtrain.config import check_config
 from mtrain.errors import UserError
 from mtrain.parallel import wrap
 from mtrain.train import loop
+from mtrain.train.stop import leave
 
 GRID = {
     "data": {"path": "grid.csv", "layout": "grid"},
@@ -158,4 +159,5 @@ if __name__ == "__main__":
         main(*sys.argv[1:])
     except UserError as error:
         print(f"mtrain: {error}", file=sys.stderr)
-        sys.exit(2)
+        leave(2)
+    leave(0, together=True)

@@ -7,7 +7,6 @@ import os
 import random
 import re
 import resource
-import socket
 import subprocess
 import sys
 import threading
@@ -16,6 +15,7 @@ import time
 import pytest
 import torch
 import torch.distributed as dist
+from ports import free_port
 from safetensors import safe_open
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -25,6 +25,7 @@ from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from mtrain.errors import UserError
 from mtrain.train import shards
 from mtrain.train.checkpoint import Checkpoints, Snapshot, Stacks
+from mtrain.train.stop import leave
 
 HIDDEN, FEATURES = 3, 5
 
@@ -332,13 +333,7 @@ def _fsdp_rank(rank, port, folder):
         assert torch.equal(ours.full_tensor(), theirs * 2)
     with pytest.raises(UserError, match=r"'model.0.weight' is \[3, 5\] there and \[2, 5\] here"):
         checkpoints.newest().copy_into({"model.0.weight": distribute_tensor(torch.zeros(2, 5), mesh, [Shard(0)])})
-    dist.destroy_process_group()
-
-
-def free_port():
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
+    leave(0, together=True)
 
 
 def test_sharded_tensors_come_back_sharded_or_plain(tmp_path):

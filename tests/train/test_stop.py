@@ -7,6 +7,7 @@ import sys
 import threading
 
 import pytest
+from ports import free_port
 
 from mtrain.train.stop import stop_signals
 
@@ -55,3 +56,28 @@ def test_outside_the_main_thread_none_is_noticed_and_nothing_breaks():
     thread.start()
     thread.join()
     assert seen == [None]
+
+
+HELD = """
+import atexit, sys
+import torch
+import torch.distributed as dist
+from mtrain.train.stop import leave
+dist.init_process_group("gloo")
+torch.nn.parallel.DistributedDataParallel(torch.nn.Linear(2, 2))  # keeps the group's threads
+atexit.register(print, "last words")
+sys.setswitchinterval(100)  # threads of Gloo that have not let go of a tensor yet wait for the interpreter
+for _ in range(50):
+    dist.all_reduce(torch.ones(3))
+leave(7, together=True)
+"""
+
+
+def test_processes_of_a_group_leave_whatever_threads_of_gloo_still_hold():
+    where = os.environ | {"MASTER_ADDR": "localhost", "MASTER_PORT": free_port(), "WORLD_SIZE": "2"}
+    words = [sys.executable, "-c", HELD]
+    both = [
+        subprocess.Popen(words, env=where | {"RANK": f"{rank}"}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        for rank in range(2)
+    ]
+    assert [(*process.communicate(timeout=120), process.returncode) for process in both] == [("last words\n", "", 7)] * 2
