@@ -52,6 +52,8 @@ def baseline(config: Config, beside: Path, run_path: Path, output: Path | None, 
     check_metric(config.select.metric, first.tasks)
     for note in first.notes:
         say(console, f"note: {note}")
+    if (no_networks := why_not(config)) is not None:
+        say(console, f"single: no networks of single tasks: {no_networks}")
     summaries: dict[str, list[dict[str, Any]]] = {}
     hashes = []
     for seed in seeds:
@@ -60,11 +62,9 @@ def baseline(config: Config, beside: Path, run_path: Path, output: Path | None, 
         problem = Problem.of(config.of_split(seed), data)
         if not problem.scored:
             raise UserError("baseline: the split has neither a valid nor a test part to score; add one to split.parts")
-        if (reason := why_not(config)) and seed == seeds[0]:
-            say(console, f"single: no networks of single tasks: {reason}")
         if problem.codes is not None and seed == seeds[0]:
             say(console, f"pooled, linear: no linear models: inputs are {problem.codes}, which are no quantities")
-        for name, fit in _baselines(problem, console):
+        for name, fit in _baselines(problem, console, single=no_networks is None):
             run = RunDir(folder / f"baseline-{name}")
             run.start(config)
             one = run if len(seeds) == 1 else RunDir(run.path / f"split-{seed}")
@@ -81,13 +81,13 @@ def baseline(config: Config, beside: Path, run_path: Path, output: Path | None, 
     return frame
 
 
-def _baselines(problem: Problem, console: Console) -> Iterator[tuple[str, Callable[[], Fitted]]]:
+def _baselines(problem: Problem, console: Console, single: bool) -> Iterator[tuple[str, Callable[[], Fitted]]]:
     """Name and fit of each."""
     yield "constant", partial(_constant, problem)
     if problem.codes is None:
         yield "pooled", partial(fit_linear, problem, console, pooled=True)
         yield "linear", partial(fit_linear, problem, console, pooled=False)
-    if not why_not(problem.config):
+    if single:
         yield "single", partial(fit_single, problem, console)
 
 

@@ -40,6 +40,7 @@ from mtrain.errors import UserError, nearest, some
 from mtrain.model.kinds import Multiclass
 from mtrain.report.progress import ShownProgress
 from mtrain.report.say import say
+from mtrain.writing import replacing
 
 _SPILLS = ".spill"
 _MANIFEST = "partition.json"
@@ -428,7 +429,7 @@ def _read_manifest(output: Path, expected: dict[str, Any]) -> dict[str, Any]:
     """What an earlier run wrote of itself; empty if there was none."""
     path = output / _MANIFEST
     if not path.exists():
-        if output.exists() and any(each.name != f"{_MANIFEST}.tmp" for each in output.iterdir()):
+        if output.exists() and any(each.name != f".{_MANIFEST}" for each in output.iterdir()):
             raise UserError(f"{output}: holds other files, expected a new folder or one that mtrain partition began")
         return {}
     try:
@@ -448,12 +449,11 @@ def _write_text(path: Path, text: str) -> None:
 
 @contextmanager
 def _whole(path: Path) -> Iterator[Path]:
-    """Another name to write to, which becomes the file's own at the end."""
-    temporary = path.with_name(f"{path.name}.tmp")
+    """`replacing`, in a folder that is made, with a line that says what was not written."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        yield temporary
-        os.replace(temporary, path)
+        with replacing(path) as unfinished:
+            yield unfinished
     except OSError as error:
         text = os.strerror(error.errno) if error.errno else reason(error)
         again = "; free space and start again: what is written stays" if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""

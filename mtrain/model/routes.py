@@ -50,7 +50,6 @@ class Route:
     slot_P: Tensor  # the active head of each label, ascending
     active_A: Tensor  # ids of the active heads inside the group
     task_A: Tensor  # ids of the active heads in the bank
-    counts_A: Tensor  # rows of each active head: labels, and those it is fed to
     segments: tuple[Segment, ...]
     padded_row_N: Tensor  # rows of z in the padded layout; padding repeats the head's own first row
     padded_head_N: Tensor  # the head (id inside the group) of each padded row
@@ -156,7 +155,6 @@ def _planned(
         slot_P=slot_P,
         active_A=active_A,
         task_A=task_ids[active_A],
-        counts_A=counts_A,
         segments=tuple(segments),
         padded_row_N=padded_row_N,
         padded_head_N=active_A.repeat_interleave(size_A),

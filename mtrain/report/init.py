@@ -20,6 +20,7 @@ from mtrain.data.splits import SOURCE
 from mtrain.errors import UserError, some
 from mtrain.report.say import say
 from mtrain.report.tables import print_notes, suspicious
+from mtrain.writing import replacing
 
 CORRECT = "--layout, --labels PATTERN..., --key, --task, --label or any key of a config, such as --data.missing_labels -1"
 
@@ -61,7 +62,8 @@ def init(data: str, output: Path | None, given: dict[str, Any], force: bool, con
         tree["tasks"]["kind"] = next(iter(kinds))
     _print_tasks(source, prepared, kinds, console)
     try:
-        output.write_text(config_text(guess, data, output, kinds, prepared), encoding="utf-8")
+        with replacing(output) as unfinished:
+            unfinished.write_text(config_text(guess, data, output, kinds, prepared), encoding="utf-8")
     except OSError as error:
         raise UserError(f"--output {output}: cannot be written: {error.strerror}") from None
     say(console, f"\n{output} is written. Train it: mtrain train {output}")

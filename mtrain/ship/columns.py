@@ -59,20 +59,15 @@ def to_table(
     outputs: Sequence[Output], value_NV: NDArray[np.float64], kept: pa.Table, task: str | None, own_task: bool = False
 ) -> pa.Table:
     """What is written for some rows: columns of the input that are kept; where `task`, the column that says each row's task, is
-    one of them, `prediction` with the number for it; and, unless `own_task`, the columns of all tasks.
-
-    Raises:
-        UserError: two of them have one name.
-    """
-    _check_names(outputs, kept.column_names, task, own_task)
+    one of them, `prediction` with the number for it; and, unless `own_task`, the columns of all tasks. `check_names` first."""
     columns = {name: kept[name] for name in kept.column_names}
     if task in columns:
         columns[OWN] = _own_value(outputs, value_NV, columns[task])
     return pa.table(columns if own_task else columns | to_columns(outputs, value_NV))
 
 
-def _check_names(outputs: Sequence[Output], kept: Sequence[str], task: str | None, own_task: bool) -> None:
-    """Refuse two columns of one name, of which one would be lost."""
+def check_names(outputs: Sequence[Output], kept: Sequence[str], task: str | None, own_task: bool = False) -> None:
+    """Refuse two columns of one name in what `to_table` gives, of which one would be lost."""
     columns = [(name, f"column '{name}' of the table") for name in kept]
     if task in kept:
         columns.append((OWN, "the prediction for each row's own task"))

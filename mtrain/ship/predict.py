@@ -28,7 +28,7 @@ from mtrain.errors import UserError, matches, nearest, some
 from mtrain.report.say import say
 from mtrain.runs import load_model, processes
 from mtrain.ship.calibrate import Calibration
-from mtrain.ship.columns import OWN, Output, to_table, value_names
+from mtrain.ship.columns import Output, check_names, to_table, value_names
 from mtrain.ship.values import Values
 from mtrain.train.run_dir import RunDir
 
@@ -169,7 +169,8 @@ def predict(
     kept = [name for name in (data.key, data.task) if name is not None and name in table.column_names]
     if own_task:
         _check_own_task(runs, kept, data_path)
-    kept = list(dict.fromkeys([*kept, *_kept(keep, runs, table, data_path, own_task)]))
+    kept = list(dict.fromkeys([*kept, *_kept(keep, table, data_path)]))
+    check_names(runs.outputs, kept, data.task, own_task)
     unusable = 0
     with table_writer(output) as write:
         for first, rows in _read(table, list(dict.fromkeys([*kept, *runs.columns])), runs.rows):
@@ -186,21 +187,12 @@ def predict(
     say(console, f"{len(table)} rows, {len(runs.outputs)} tasks{of}{how}: {output}")
 
 
-def _kept(keep: Sequence[str], runs: RunPredictor, table: Table, data_path: str, own_task: bool) -> list[str]:
+def _kept(keep: Sequence[str], table: Table, data_path: str) -> list[str]:
     """The columns that `keep` names, in the order of the table."""
     for pattern in keep:
         if not any(matches(name, pattern) for name in table.column_names):
             raise UserError(f"--keep {pattern}: no such column in {data_path}{nearest(pattern, table.column_names)}")
-    found = [name for name in table.column_names if any(matches(name, pattern) for pattern in keep)]
-    taken = {OWN} if runs.config.data.task in table.column_names else set()
-    if not own_task:
-        taken.update(name for output in runs.outputs for name in (output.task, *output.values))
-    if clash := next((name for name in found if name in taken), None):
-        raise UserError(
-            f"--keep: column '{clash}' of {data_path} has the name of a column of predictions; rename it, or leave it out of "
-            "--keep"
-        )
-    return found
+    return [name for name in table.column_names if any(matches(name, pattern) for pattern in keep)]
 
 
 def _check_own_task(runs: RunPredictor, kept: Sequence[str], data_path: str) -> None:

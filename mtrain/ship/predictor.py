@@ -22,7 +22,7 @@ from mtrain.components import Spec, build
 from mtrain.data import FEATURES
 from mtrain.data.features import Feature, encode_column, transform_rows
 from mtrain.errors import UserError, nearest
-from mtrain.ship.columns import Output, to_table
+from mtrain.ship.columns import Output, check_names, to_table
 
 VERSION = 1
 ABOUT, PROGRAM, ONNX, INPUTS = "predictor.json", "model.pt2", "model.onnx", "features.json"
@@ -102,6 +102,7 @@ class Predictor:
         if self._task in rows.column_names:
             self._warn_of_tasks(rows[self._task])
         kept = rows.select([name for name in dict.fromkeys((self._key, self._task)) if name in rows.column_names])
+        check_names(self.outputs, kept.column_names, self._task)
         found = to_table(self.outputs, value_NV, kept, self._task)
         return found if isinstance(table, pa.Table | str | Path) else found.to_pandas().set_index(table.index)
 

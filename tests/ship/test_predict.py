@@ -11,7 +11,7 @@ from small_runs import mtrain, predictions, table, trained
 
 from mtrain.errors import UserError
 from mtrain.ship import predict as module
-from mtrain.ship.columns import Output, to_table
+from mtrain.ship.columns import Output, check_names, to_table
 
 NUMBERS = ("height", "sick", "risk", "visits", "spread", "spread@0.9", "grade=low", "level=b")
 
@@ -117,7 +117,7 @@ def test_columns_of_one_name_are_refused_not_lost(table, own_task, message):
     if not table:
         outputs = [Output("b=x", "binary", ("b=x",)), outputs[0]]
     with pytest.raises(UserError) as refused:
-        to_table(outputs, np.ones((1, 3)), pa.table(table or {"id": [1]}), "task", own_task)
+        check_names(outputs, list(table), "task", own_task)
     assert str(refused.value).startswith(message)
 
 
