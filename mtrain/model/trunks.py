@@ -377,7 +377,10 @@ def build_shared(
     in_features = sum(width_of.values())
     by_name = "inputs" in signature(config.trunk, TRUNKS, "model.trunk")
     if config.inputs is not None and not by_name:
-        raise UserError(f"model.inputs: trunk {name} takes all inputs as one matrix, not {', '.join(config.inputs)} by name")
+        raise UserError(
+            f"model.inputs: trunk {name} takes all inputs as one matrix, not {', '.join(config.inputs)} by name: its __init__ "
+            "has no argument `inputs`; give it one, or leave model.inputs out"
+        )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         given = {"in_features": in_features, "inputs": width_of, "tasks": list(tasks), "root": root}
