@@ -7,16 +7,16 @@ from typing import ClassVar
 from torch import Tensor
 
 from mtrain.balance.base import Balancer, Need, Seen
-from mtrain.balance.solvers import gram_of, simplex_minimum, solve
+from mtrain.balance.solvers import gram_of, least_norm, simplex_minimum, solve
 
 
 class MGDA(Balancer):
     """w = argmin |sum_t w_t g_t|^2 over the simplex: weights sum to 1 (Desideri 2012, doi:10.1016/j.crma.2012.03.014; Sener
     and Koltun 2018, arXiv:1810.04650, eq. 3 to 5).
 
-    Deviations: Sener and Koltun run Frank-Wolfe, which nears the minimum slowly; here an interior-point method goes on until
-    the gap to the minimum is below 1e-6 of it, or 1e-10 of the smallest squared norm. Tasks without a gradient, one of which
-    would stop all, are left out.
+    Deviations: Sener and Koltun run Frank-Wolfe, which nears the minimum slowly; here active sets find it, or where they do not
+    settle an interior-point method goes on until the gap to the minimum is below 1e-6 of it, or 1e-10 of the smallest squared
+    norm. Tasks without a gradient, one of which would stop all, are left out.
     """
 
     needs: ClassVar[Need] = "gram"
@@ -27,6 +27,8 @@ class MGDA(Balancer):
 
 
 def min_norm(gram: Tensor) -> Tensor:
+    if (found := least_norm(gram)) is not None:
+        return found
     smallest = gram.diagonal().min()
     gram = gram / smallest
     start = 1 / gram.diagonal()

@@ -49,6 +49,34 @@ def eigen(matrix: Tensor) -> tuple[Tensor, Tensor]:
     return value[kept], vector[:, kept]
 
 
+def least_norm(matrix: Tensor, rounds: int = 12) -> Tensor | None:
+    """The x on the simplex where x^T M x is least, by primal-dual active sets (Hintermueller, Ito and Kunisch 2002): guess
+    which entries are not 0, solve for them, and correct the guess by the signs; a guess that stays is the minimum.
+
+    Args:
+        matrix: positive semidefinite `[A, A]`.
+        rounds: bound on the guesses.
+
+    Returns:
+        None where the guesses do not settle, or leave a matrix that may be singular but for the rounding of M: then there may
+        be many minima.
+    """
+    free = torch.ones_like(matrix[0], dtype=torch.bool)
+    for _ in range(rounds):
+        factored = _factor(matrix[free][:, free])
+        if factored is None or factored[0].diagonal().min().square() < 10 * len(matrix) * RANK_CUTOFF:
+            return None
+        x = torch.zeros_like(matrix[0])
+        x[free] = _solved(factored, torch.ones_like(x[free])[:, None])[:, 0]
+        x /= x.sum()
+        slope = matrix @ x
+        better = torch.where(free, x > 0, slope < (1 - 1e-9) * (x @ slope))
+        if torch.equal(better, free):
+            return x
+        free = better
+    return None
+
+
 def simplex_minimum(
     model: Callable[[Tensor], tuple[Tensor, Tensor]], start: Tensor, enough: Callable[[Tensor, Tensor], Tensor], steps: int = 60
 ) -> Tensor:
@@ -119,6 +147,7 @@ def fair_point(matrix: Tensor, constant: Tensor, alpha: float, steps: int = 100,
         return y @ matrix @ y / 2 - (constant * (y.log() if power == 0 else y**power / power)).sum()
 
     y = (constant / matrix.diagonal()) ** (alpha / (1 + alpha))
+    y *= ((constant * y**power).sum() / (y @ matrix @ y)) ** (alpha / (1 + alpha))  # the least along it
     for _ in range(steps):
         made, wanted = matrix @ y, constant * y ** (-1 / alpha)
         if (made / wanted - 1).abs().max() <= tolerance:
@@ -147,7 +176,7 @@ def fair_weights(gram: Tensor, alpha: float) -> Tensor:
     return fair_point(cosine, norm ** (1 / alpha - 1), alpha) / norm
 
 
-def _factor(matrix: Tensor, more: Tensor) -> tuple[Tensor, Tensor] | None:
+def _factor(matrix: Tensor, more: Tensor | float = 0.0) -> tuple[Tensor, Tensor] | None:
     """The Cholesky factor of a matrix with more on its diagonal, scaled to a diagonal of 1, and the scaling: what is added may
     span many decades. None where it is not positive definite."""
     root = (matrix.diagonal() + more).rsqrt()

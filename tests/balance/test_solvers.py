@@ -7,6 +7,7 @@ from mtrain.balance.solvers import (
     eigen,
     fair_point,
     fair_weights,
+    least_norm,
     shuffled,
     simplex_minimum,
     solve,
@@ -50,6 +51,26 @@ def test_equal_tasks_share_their_weight_equally():
     x = quadratic(g[twice][:, twice], torch.zeros(7, dtype=torch.float64))
     torch.testing.assert_close(x[1], x[2], atol=1e-7, rtol=0)
     torch.testing.assert_close(x[4], x[6], atol=1e-7, rtol=0)
+
+
+@pytest.mark.parametrize(("tasks", "rank", "common"), [(1, 3, 0), (40, 80, 0), (40, 80, 5), (300, 400, 30)])
+def test_active_sets_find_the_minimum_on_the_simplex(tasks, rank, common):
+    matrix = gram(tasks, rank, spread=0.5) + common * torch.ones(tasks, tasks, dtype=torch.float64)
+    x = least_norm(matrix)
+    grad = matrix @ x
+    assert x.min() >= 0
+    assert x.sum() == pytest.approx(1, abs=1e-12)
+    assert x @ grad - grad.min() <= 1e-8 * (x @ grad)
+    torch.testing.assert_close(x, quadratic(matrix, torch.zeros_like(x)), atol=1e-5, rtol=0)
+
+
+def test_active_sets_leave_a_matrix_with_many_minima_though_rounding_hides_it():
+    assert least_norm(gram(40, 7)) is None
+    for seed in range(20):
+        twins = gram(4, 6, seed)[[0, 1, 1, 2, 3]][:, [0, 1, 1, 2, 3]]
+        noise = 1e-7 * torch.randn(5, 5, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+        found = least_norm(twins * (1 + noise + noise.T))
+        assert found is None or found[1] == found[2] == 0
 
 
 @pytest.mark.parametrize("alpha", [0.5, 1.0, 2.0, 5.0])
