@@ -6,6 +6,7 @@ import random
 import re
 import shutil
 import signal
+import socket
 import struct
 import subprocess
 import sys
@@ -203,6 +204,19 @@ def stopped(tmp_path_factory):
 def copied(stopped, folder):
     shutil.copytree(stopped, folder, dirs_exist_ok=True)
     return folder / "run"
+
+
+def test_processes_that_do_not_meet_say_where_in_one_line(tmp_path):
+    write_problem(tmp_path)
+    with socket.socket() as taken:
+        taken.bind(("", 0))
+        taken.listen()
+        at = {"MASTER_PORT": f"{taken.getsockname()[1]}"}
+        with Started(tmp_path, seen={0: at, 1: at}) as started:
+            assert started.processes[0].wait(120) == 2
+    line = started.said()[1]
+    assert line.startswith(f"mtrain: the 2 processes do not meet at localhost:{at['MASTER_PORT']} (MASTER_ADDR, MASTER_PORT): ")
+    assert line.count("\n") == 1
 
 
 def test_a_signal_to_one_of_two_processes_stops_both_at_a_saved_step(straight, stopped, tmp_path, capsys):

@@ -38,6 +38,7 @@ CONF = """
 ClusterName=test
 SlurmctldHost=localhost
 SlurmctldPort={controller}
+FirstJobId={controller}
 SlurmUser=root
 SlurmdUser=root
 AuthInfo=socket={folder}/munge.socket,cred_expire=5

@@ -51,6 +51,12 @@ def make_accelerator(config: Config) -> Accelerator:
         if accelerator.mixed_precision == "fp16" and not accelerator.native_amp:
             raise ValueError("fp16 needs an accelerator, bf16 also runs on a CPU")
     except (ValueError, RuntimeError) as error:
+        if world > 1 and isinstance(error, torch.distributed.DistError):
+            where = ":".join(os.environ.get(name, "") for name in ("MASTER_ADDR", "MASTER_PORT"))
+            raise UserError(
+                f"the {world} processes do not meet at {where} (MASTER_ADDR, MASTER_PORT): {error}; give the launcher an "
+                "address that all reach and a free port"
+            ) from None
         raise UserError(f"train.precision {config.train.precision}: not on this device: {error}") from None
     if accelerator.num_processes != world:
         raise UserError(
