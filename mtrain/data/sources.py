@@ -206,9 +206,9 @@ def search_folders(root: str | None, beside: Path | None = None) -> list[Path]:
 def folder_of(path: str, folders: Sequence[Path]) -> Path | None:
     """The first of `folders` in which a file or folder, or a match of a glob, is; None: it is in none."""
     for folder in folders:
-        full = str(folder / os.path.expanduser(path))
+        full = str(folder / os.path.expanduser(path))  # pathlib's exists raises for a name that is too long
         if os.path.exists(full) or (is_glob(path) and next(glob.iglob(full, recursive=True), None) is not None):
-            return folder  # pathlib's exists raises for a name that is too long
+            return folder
     return None
 
 

@@ -53,8 +53,9 @@ def make_accelerator(config: Config) -> Accelerator:
     except (ValueError, RuntimeError) as error:
         if world > 1 and isinstance(error, torch.distributed.DistError):
             where = ":".join(os.environ.get(name, "") for name in ("MASTER_ADDR", "MASTER_PORT"))
+            reason = str(error).partition("\n")[0]  # torch may add where in its code it was raised
             raise UserError(
-                f"the {world} processes do not meet at {where} (MASTER_ADDR, MASTER_PORT): {error}; give the launcher an "
+                f"the {world} processes do not meet at {where} (MASTER_ADDR, MASTER_PORT): {reason}; give the launcher an "
                 "address that all reach and a free port"
             ) from None
         raise UserError(f"train.precision {config.train.precision}: not on this device: {error}") from None

@@ -198,6 +198,15 @@ def test_rows_of_tasks_that_the_model_has_not_are_warned_of(monkeypatch):
         predictor.predict(pa.table({"other": [3]}))
 
 
+def test_a_prediction_that_would_be_lost_under_the_name_of_another_is_refused(monkeypatch):
+    task = {"task": "prediction", "kind": "poisson", "values": ["prediction"], "classes": [], "threshold": None}
+    predictor = Predictor(None, [], {"tasks": [task], "key": None, "task": "shop"})
+    monkeypatch.setattr(predictor, "values", lambda rows: np.ones((len(rows), 1)))
+    with pytest.raises(UserError, match=r"would both be named 'prediction'; rename one, or leave column 'shop' out"):
+        predictor.predict(pa.table({"shop": ["prediction"]}))
+    assert predictor.predict(pa.table({"other": [3]}))["prediction"].to_pylist() == [1.0]
+
+
 def test_wrong_folders_tables_and_columns_are_said(folder, exported, tmp_path):
     predictor = Predictor.load(exported)
     table = pq.read_table(folder / "new.parquet")
