@@ -31,7 +31,7 @@ class Fickle(torch.nn.Module):
         return self.linear(x_BF) if x_BF.sum() > 0 else -self.linear(x_BF)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def exported(folder):
     pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")

@@ -127,7 +127,7 @@ def test_a_task_named_prediction_is_the_rows_own_where_that_alone_is_written():
     assert found["prediction"].to_pylist() == [0.2, 0.3]
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def routed(folder):
     """A run with tasks a and b of a long table, `routed`, and its rows in `long.parquet`."""
     rng = np.random.default_rng(0)
